@@ -1,0 +1,30 @@
+# Everything a newcomer or CI needs; the environment is made once and again when its pins change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-slow lint clean
+
+# Trains on the embedded digits, sweeps, samples, and prints the path of the report page.
+quickstart: $(STAMP)
+	@$(BIN)/mdt-ray quickstart digits
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python >= 3.11 is needed; name one with: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,assets]"
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,144 @@
+"""The command line `mdt-ray <job>`: parse, then import the job. Help imports neither torch, ray nor diffusers."""
+
+import dataclasses
+import importlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from mdt_ray import config_io, presets
+from mdt_ray.config import EvaluateConfig, PrecomputeConfig, QuickstartConfig, TrainConfig, TuneConfig
+
+JOBS: dict[str, tuple[type, str]] = {
+    "precompute": (PrecomputeConfig, "images -> VAE latents in Parquet (Ray Data)"),
+    "train": (TrainConfig, "latents -> checkpoints (Ray Train, DDP)"),
+    "tune": (TuneConfig, "a sweep of training settings -> a ranked table (Ray Tune)"),
+    "evaluate": (EvaluateConfig, "checkpoint -> samples -> FID, sFID, IS, precision, recall"),
+    "quickstart": (QuickstartConfig, "all four in order, then a report page"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a job; returns the exit code: 0 only on success, 1 for a failed job, 2 for a wrong command line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    job, *rest = arguments
+    if job not in JOBS:
+        print(f"mdt-ray: unknown job {job!r}{config_io.suggestion(job, JOBS)}", file=sys.stderr)
+        return 2
+    debug = "--debug" in rest
+    try:
+        command = parse(job, [a for a in rest if a != "--debug"])
+    except ValueError as error:
+        return _fail(job, error, 2)
+    try:
+        print(run(job, command.settings, command.dry_run))
+        return 0
+    except KeyboardInterrupt:
+        print(f"\nmdt-ray {job}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(job, error, 1)
+
+
+def usage() -> str:
+    """The top-level help."""
+    lines = ["usage: mdt-ray <job> [preset] [--config FILE] [--dry-run] [--debug] [--setting value ...]", "",
+             "Train and evaluate Masked Diffusion Transformers with Ray.",
+             "The same command again goes on where it stopped.", "", "jobs:"]
+    lines += [f"  {name:<11} {text}" for name, (_, text) in JOBS.items()]
+    lines += ["", "presets:"]
+    lines += [f"  {name:<20} {(function.__doc__ or '').splitlines()[0]}" for name, function in presets.PRESETS.items()]
+    return "\n".join([*lines, "", "mdt-ray <job> --help lists the settings of a job."])
+
+
+def parse(job: str, arguments: list[str]) -> Any:
+    """A command (settings, dry_run) from `[preset] [--config FILE] [--setting value ...]`; later ones win.
+
+    Raises ValueError for an unknown preset, file or setting; exits (code 2, or 0 for --help) as tyro does.
+    """
+    import tyro  # a tenth of a second that the top-level help does not need
+
+    cls, text = JOBS[job]
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    default = _of_job(job, presets.preset(name)) if name else (presets.digits() if job == "quickstart" else cls())
+    if "--config" in arguments:
+        place = arguments.index("--config")
+        if place + 1 == len(arguments):
+            raise ValueError("--config: needs a file")
+        default = config_io.load_file(cls, arguments[place + 1])
+        del arguments[place:place + 2]
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Command:
+        settings: Annotated[cls, tyro.conf.arg(name="")]
+        dry_run: bool = False
+        """Print the resolved settings and what would happen, and stop."""
+
+    return tyro.cli(Command, args=arguments, prog=f"mdt-ray {job}", default=Command(settings=default),
+                    description=f"{text}.\n\nusage: mdt-ray {job} [preset] [--config FILE.toml|.json] "
+                                f"[--debug] [settings]\n\npresets: {', '.join(presets.PRESETS)}")
+
+
+def run(job: str, config: Any, dry_run: bool = False) -> str:
+    """Do the job (or say what it would do); returns the last line to print."""
+    if dry_run:
+        return _preview(job, config)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "ray", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("output", *(f for f in ("latents", "source", "checkpoint", "reference") if hasattr(config, f))):
+        if not getattr(config, name):
+            raise ValueError(f"--{name}: not given; name it, or start from a preset ({', '.join(presets.PRESETS)})")
+    module = importlib.import_module(f"mdt_ray.jobs.{job}")
+    result = getattr(module, job)(config)
+    return _last_line(job, config, result)
+
+
+def _of_job(job: str, preset: QuickstartConfig) -> Any:
+    return preset if job == "quickstart" else getattr(preset, job)
+
+
+def _preview(job: str, config: Any) -> str:
+    settings = json.dumps(config_io.to_dict(config), indent=1)
+    path = Path(config.output, "run.json")
+    if not path.is_file():
+        state = "starts from nothing"
+    else:
+        held = {k: v for k, v in json.loads(path.read_text())["identity"].items() if k != "inputs"}
+        lines = config_io.difference(held, json.loads(json.dumps(config_io.identity_fields(config))))
+        state = "refused, since it holds another run:\n  " + "\n  ".join(lines) if lines else "goes on, or is finished"
+    return f"{settings}\nmdt-ray {job} would write to {config.output}: {state}"
+
+
+def _last_line(job: str, config: Any, result: Any) -> str:
+    if job == "precompute":
+        return f"{result.num_rows} latents of {result.num_classes} classes in {config.output}"
+    if job == "train":
+        return f"checkpoint {result}"
+    if job == "tune":
+        best = result[0]
+        return f"best of {len(result)} trials: {best['overrides']}; table in {config.output}/results.json"
+    if job == "evaluate":
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
+        return f"{numbers}\n{config.output}/metrics.json"
+    return f"report {result}"
+
+
+def _fail(job: str, error: Exception, code: int) -> int:
+    text = str(error) or type(error).__name__
+    known = isinstance(error, ValueError | RuntimeError | OSError)
+    print(f"mdt-ray {job}: error: {text if known else f'{type(error).__name__}: {text}'}", file=sys.stderr)
+    if not known:
+        print("(--debug shows the traceback)", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,320 @@
+"""The settings of the four jobs, as frozen dataclasses: no behaviour beyond checking values.
+
+A field is *identity* unless declared with `operational(...)`: identity fields name a run (their change is refused in an
+existing output folder), operational ones are free to change at a resume. The text under a field is its help text.
+"""
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+NUM_TIMESTEPS = 1000
+"""Steps of the diffusion process (paper section 5.1)."""
+
+
+def operational(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any:
+    """A dataclass field that may change at a resume without making it another run."""
+    return field(default=default, default_factory=default_factory, metadata={"operational": True})
+
+
+def require(condition: bool, name: str, value: Any, rule: str) -> None:
+    """Raise ValueError naming field, value and rule unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{name} = {value!r}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig:
+    """How many processes a job runs in and what each takes from the cluster."""
+
+    num_workers: int = operational(1)
+    """Processes that work at the same time."""
+    cpus_per_worker: float = operational(1)
+    """CPUs that each reserves from Ray; also its number of torch threads (at least one)."""
+    gpus_per_worker: float = operational(0)
+    """GPUs that each reserves from Ray."""
+
+    def __post_init__(self):
+        require(self.num_workers >= 1, "workers.num_workers", self.num_workers, "must be at least 1")
+        require(self.cpus_per_worker > 0, "workers.cpus_per_worker", self.cpus_per_worker, "must be positive")
+        require(self.gpus_per_worker >= 0, "workers.gpus_per_worker", self.gpus_per_worker, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig:
+    """Which diffusers AutoencoderKL turns images into latents and back."""
+
+    path: str = "stabilityai/sd-vae-ft-mse"
+    """Local folder, hub id, or `digits` for the embedded one."""
+    revision: str | None = None
+    """Hub revision (commit); None takes the newest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecomputeConfig:
+    """Job `precompute`: images -> VAE posterior (mean and std) -> Parquet."""
+
+    source: str = operational("")
+    """Images: a Parquet file or folder with `image` (struct of bytes, path) and `label`, or `digits`."""
+    output: str = operational("")
+    """Folder (URI) that gets the latents and their manifest."""
+    vae: VaeConfig = VaeConfig()
+    """The autoencoder."""
+    image_size: int = 256
+    """Side of the square centre crop, in pixels."""
+    flip: bool = False
+    """Also encode every mirror image (a latent cannot simply be mirrored)."""
+    chunk_size: int = 4096
+    """Images per output file: the unit of work and of restart."""
+    encode_batch_size: int = 64
+    """Images per VAE call; part of the identity, since convolutions are not batch-invariant to the last bit."""
+    rows_per_group: int = 128
+    """Rows of a Parquet row group, the unit of shuffled reading."""
+    validation_share: float = 0.01
+    """Share of images held out from training, chosen by a hash of their id."""
+    workers: WorkersConfig = operational(WorkersConfig())
+    """The pool of encoder actors."""
+
+    def __post_init__(self):
+        require(self.image_size > 0, "image_size", self.image_size, "must be positive")
+        require(self.chunk_size > 0, "chunk_size", self.chunk_size, "must be positive")
+        require(self.encode_batch_size > 0, "encode_batch_size", self.encode_batch_size, "must be positive")
+        require(self.rows_per_group > 0, "rows_per_group", self.rows_per_group, "must be positive")
+        require(0 <= self.validation_share < 1, "validation_share", self.validation_share, "must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer. Fields left None are taken from the latents."""
+
+    kind: Literal["mdt_v1", "dit"] = "mdt_v1"
+    """MDT of the paper, or the DiT baseline (no masking, no relative bias, fixed positions)."""
+    input_size: int | None = None
+    """Side of the latent, in latent pixels."""
+    in_channels: int | None = None
+    """Channels of the latent."""
+    num_classes: int | None = None
+    """Number of classes; the null label is this number."""
+    patch_size: int = 2
+    """Side of a token, in latent pixels."""
+    hidden_size: int = 384
+    """Width of a token."""
+    depth: int = 12
+    """Number of blocks, encoder and decoder together."""
+    num_heads: int = 6
+    """Attention heads."""
+    decode_layer: int = 2
+    """Last blocks that form the decoder, which sees all tokens (the paper's N2)."""
+    class_dropout_prob: float = 0.1
+    """Share of labels replaced by the null label in training, for classifier-free guidance."""
+
+    def __post_init__(self):
+        for name in ("patch_size", "hidden_size", "depth", "num_heads"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
+        require(self.hidden_size % self.num_heads == 0, "model.hidden_size", self.hidden_size,
+                f"must be divisible by num_heads = {self.num_heads}")
+        require(self.hidden_size % 4 == 0, "model.hidden_size", self.hidden_size,
+                "must be divisible by 4 (sin-cos positions)")
+        require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob,
+                "must be in [0, 1)")
+        if self.kind == "mdt_v1":
+            require(0 < self.decode_layer <= self.depth, "model.decode_layer", self.decode_layer,
+                    f"must be between 1 and depth = {self.depth}")
+        if self.input_size is not None:
+            require(self.input_size % self.patch_size == 0, "model.patch_size", self.patch_size,
+                    f"must divide the latent size {self.input_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What a training step asks of the model."""
+
+    mask_ratio: float = 0.3
+    """Share of tokens hidden from the encoder in the masked pass (paper Table 3); DiT has no masked pass."""
+
+    def __post_init__(self):
+        require(0 <= self.mask_ratio < 1, "loss.mask_ratio", self.mask_ratio, "must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What follows the warm-up."""
+    schedule_steps: int | None = None
+    """Step at which the cosine ends (needed for cosine; not num_steps, so that a longer run stays the same run)."""
+    final_lr_share: float = 0.05
+    """Share of the peak at which the cosine ends."""
+    clip_norm: float | None = None
+    """Largest global gradient norm; None does not clip."""
+
+    def __post_init__(self):
+        require(self.lr > 0, "optim.lr", self.lr, "must be positive")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
+        require(self.schedule != "cosine" or (self.schedule_steps or 0) > self.warmup_steps, "optim.schedule_steps",
+                self.schedule_steps, "a cosine schedule needs its last step, above warmup_steps")
+        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm,
+                "must be positive, or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """The exponential moving average of the weights that is sampled from."""
+
+    decay: float = 0.9999
+    """Decay per step."""
+    warmup: bool = False
+    """Use min(decay, (1 + n) / (10 + n)) at step n, for short runs."""
+
+    def __post_init__(self):
+        require(0 <= self.decay < 1, "ema.decay", self.decay, "must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Job `train`: latents -> checkpoints."""
+
+    latents: str = operational("")
+    """Folder (URI) that `precompute` wrote; its content, not its place, is part of the identity."""
+    output: str = operational("")
+    """Folder (URI) for checkpoints and metrics."""
+    model: ModelConfig = ModelConfig()
+    """The transformer."""
+    loss: LossConfig = LossConfig()
+    """The training objective."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser."""
+    ema: EmaConfig = EmaConfig()
+    """The averaged weights."""
+    batch_size: int = 256
+    """Images per step, over all workers."""
+    num_lanes: int = 64
+    """Equal parts of a batch that each have their own images and random numbers (at most as many workers)."""
+    seed: int = 0
+    """Seed of weights, order and noise."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast dtype; auto takes bf16 where the hardware has it."""
+    num_steps: int = operational(400_000)
+    """Steps to train to."""
+    workers: WorkersConfig = operational(WorkersConfig())
+    """DDP workers."""
+    log_every_steps: int = operational(50)
+    """Steps between two rows of metrics."""
+    checkpoint_every_steps: int = operational(5_000)
+    """Steps between two checkpoints."""
+    keep_last: int = operational(2)
+    """Newest checkpoints kept."""
+    keep_every_steps: int = operational(0)
+    """Also keep every checkpoint at a multiple of this step (0: none)."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_lanes", "num_steps", "log_every_steps", "checkpoint_every_steps", "keep_last"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(self.batch_size % self.num_lanes == 0, "num_lanes", self.num_lanes,
+                f"must divide batch_size = {self.batch_size}")
+        require(self.workers.num_workers <= self.num_lanes, "workers.num_workers", self.workers.num_workers,
+                f"must not exceed num_lanes = {self.num_lanes}: a worker owns whole lanes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How an image is drawn from a checkpoint."""
+
+    sampler: Literal["ddpm", "ddim", "dpm-solver++"] = "ddpm"
+    """The diffusers scheduler: ancestral (the papers' protocol), DDIM, or second-order DPM-Solver++."""
+    num_sampling_steps: int = 250
+    """Model evaluations per image."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance scale; 1 is unguided."""
+    cfg_power: float = 0.0
+    """Power s of the power-cosine guidance schedule (paper appendix D); 0 keeps the scale constant."""
+    cfg_channels: int | None = None
+    """Guide only the first n noise channels (the published models: 3); None guides all."""
+    round_pixels: bool = False
+    """Round to uint8 (as DiT) instead of truncating (as MDT)."""
+    weights: Literal["ema", "model"] = "ema"
+    """Averaged or raw weights."""
+
+    def __post_init__(self):
+        require(1 <= self.num_sampling_steps <= 1000, "sampling.num_sampling_steps", self.num_sampling_steps,
+                "must be between 1 and 1000")
+        require(self.cfg_scale >= 0, "sampling.cfg_scale", self.cfg_scale, "must not be negative")
+        require(self.cfg_power >= 0, "sampling.cfg_power", self.cfg_power, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Job `evaluate`: checkpoint -> samples -> metrics."""
+
+    checkpoint: str = operational("")
+    """Checkpoint folder (URI), or a training output, whose newest checkpoint is taken."""
+    output: str = operational("")
+    """Folder (URI) for sample chunks and metrics.json."""
+    reference: str = operational("")
+    """Real images to compare with: as `precompute --source`."""
+    sampling: SamplingConfig = SamplingConfig()
+    """The sampler."""
+    extractor: Literal["digits"] = "digits"
+    """The feature network; its name is part of every metric's name."""
+    num_samples: int = 50_000
+    """Images to draw."""
+    seed: int = 0
+    """Image i is drawn from seed + i."""
+    labels: Literal["random", "balanced"] = "random"
+    """Labels uniform at random (the papers' way), or every class in turn."""
+    chunk_size: int = 500
+    """Images per chunk: the unit of work and of restart."""
+    sample_batch_size: int = 100
+    """Images per model call."""
+    keep_images: int = 1000
+    """The first images that are kept, for pictures."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast dtype of the model; the VAE always decodes in fp32."""
+    workers: WorkersConfig = operational(WorkersConfig())
+    """The pool of sampler actors."""
+
+    def __post_init__(self):
+        for name in ("num_samples", "chunk_size", "sample_batch_size"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Job `tune`: a search space over training settings -> a ranked table."""
+
+    output: str = operational("")
+    """Folder (URI) for the trials and their table."""
+    space: str = "mask_ratio_decoder_depth"
+    """A file of tune_spaces/ by name, or the path of one of your own."""
+    train: TrainConfig = TrainConfig()
+    """The settings that a trial changes."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """How a trial is judged."""
+    max_concurrent_trials: int = operational(1)
+    """Trials that run at the same time."""
+
+    def __post_init__(self):
+        require(self.max_concurrent_trials >= 1, "max_concurrent_trials", self.max_concurrent_trials,
+                "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """All four jobs in order, then the report page."""
+
+    output: str = operational("runs/digits")
+    """Folder that gets a subfolder for each job and for the report."""
+    precompute: PrecomputeConfig = PrecomputeConfig()
+    """Images to latents."""
+    train: TrainConfig = TrainConfig()
+    """Latents to checkpoints."""
+    tune: TuneConfig = TuneConfig()
+    """The sweep."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Guided samples and their metrics; the unguided ones differ only in cfg_scale."""

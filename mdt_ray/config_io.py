@@ -1,0 +1,134 @@
+"""Dataclasses to and from plain dicts, files and dotted overrides, strictly: an unknown key is an error with a suggestion.
+
+Also the identity of a config: the part that names a run.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass tree as JSON-ready nested dicts."""
+    return dataclasses.asdict(config)
+
+
+def suggestion(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the nearest known name, else the list of known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
+    """Build the dataclass `cls` from nested dicts; missing keys take their defaults.
+
+    Raises ValueError for an unknown key (with the nearest known one) and for a value of the wrong type.
+    """
+    return override(cls(), values, where=where)
+
+
+def override(config: T, values: dict[str, Any], *, where: str = "") -> T:
+    """`config` with nested (or dotted) keys replaced. Raises ValueError as `from_dict` does."""
+    known = {f.name for f in dataclasses.fields(config)}
+    hints = typing.get_type_hints(type(config))
+    changes: dict[str, Any] = {}
+    for key, value in _nest(values).items():
+        path = f"{where}.{key}" if where else key
+        if key not in known:
+            raise ValueError(f"unknown setting {path!r}{suggestion(key, known)}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise ValueError(f"{path} = {value!r}: must be a table of settings")
+            changes[key] = override(current, value, where=path)
+        else:
+            changes[key] = _checked(value, hints[key], path)
+    return dataclasses.replace(config, **changes)
+
+
+def _nest(values: dict[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested dicts: {"optim.lr": 1} -> {"optim": {"lr": 1}}."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            value = {rest: value}
+        if isinstance(value, dict) and isinstance(nested.get(head), dict):
+            nested[head] = nested[head] | value
+        else:
+            nested[head] = value
+    return nested
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    """`value` if it fits the annotation; an int is welcome where a float is asked."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{path} = {value!r}: must be one of {', '.join(map(repr, typing.get_args(hint)))}")
+        return value
+    options = typing.get_args(hint) if origin in (types.UnionType, typing.Union) else (hint,)
+    for option in options:
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is option:
+            return value
+    names = " or ".join("None" if o is type(None) else o.__name__ for o in options)
+    raise ValueError(f"{path} = {value!r}: must be {names}")
+
+
+def load_file(cls: type[T], path: str | Path) -> T:
+    """Read a config from TOML or JSON; a run's own run.json works too."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--config {str(path)!r}: no such file")
+    try:
+        values = tomllib.loads(path.read_text()) if path.suffix == ".toml" else json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--config {str(path)!r}: not valid {path.suffix[1:] or 'JSON'} ({error})") from error
+    if "config" in values and "identity" in values:  # the run.json of an output folder
+        values = values["config"]
+    return from_dict(cls, values)
+
+
+def identity_fields(config: Any) -> dict[str, Any]:
+    """Nested dict of the fields that name a run: all but those declared operational."""
+    fields = {}
+    for f in dataclasses.fields(config):
+        if f.metadata.get("operational"):
+            continue
+        value = getattr(config, f.name)
+        fields[f.name] = identity_fields(value) if dataclasses.is_dataclass(value) else value
+    return fields
+
+
+def fingerprint(values: Any) -> str:
+    """16 hex digits that name a JSON-ready value, independent of key order."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line per dotted key whose value differs: `optim.lr: 0.001 -> 0.002`."""
+    old, new = flatten(old), flatten(new)
+    keys = sorted(old.keys() | new.keys())
+    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if old.get(k) != new.get(k)]

@@ -1,0 +1,114 @@
+"""An output folder and who may write to it: run.json (settings, identity, versions) and the lock of its one writer."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mdt_ray
+from mdt_ray import config_io, storage
+
+LEASE_SECONDS = 30.0
+"""A lock of another host counts as abandoned after this time without renewal."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, without importing any of it."""
+    found = {"mdt_ray": mdt_ray.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    for package in ("torch", "ray", "diffusers", "pyarrow", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        here = Path(__file__).parent
+        found["git"] = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, check=True, text=True,
+                                      capture_output=True).stdout.strip()
+    return found
+
+
+def describe(job: str, config: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json. `inputs` names what the job reads by content (hashes), and is part of the identity."""
+    identity = config_io.identity_fields(config) | {"inputs": inputs}
+    return {"job": job, "config": config_io.to_dict(config), "identity": identity,
+            "name": config_io.fingerprint({"job": job} | identity), "versions": versions()}
+
+
+def check_identity(output: str, run: dict[str, Any]) -> None:
+    """Raise ValueError, showing the difference, if `output` holds another run than `run`."""
+    uri = storage.join(output, "run.json")
+    if not storage.exists(uri):
+        return
+    held = storage.read_json(uri)
+    if held.get("name") == run["name"]:
+        return
+    lines = config_io.difference(held.get("identity", {}), json.loads(json.dumps(run["identity"])))
+    if held.get("job") != run["job"]:
+        lines = [f"job: {held.get('job')!r} -> {run['job']!r}"]
+    raise ValueError(f"{output} holds another run; these settings differ:\n  " + "\n  ".join(lines) +
+                     "\nUse another output folder, the settings of the run there, or delete the folder.")
+
+
+@contextlib.contextmanager
+def claim(output: str, run: dict[str, Any]) -> Iterator[None]:
+    """Hold `output` as its only writer, with `run` written to its run.json.
+
+    Raises ValueError if the folder holds another identity or if another living process writes to it.
+    """
+    check_identity(output, run)
+    with _lock(output):
+        check_identity(output, run)
+        storage.write_json(storage.join(output, "run.json"), run)
+        yield
+
+
+@contextlib.contextmanager
+def _lock(output: str) -> Iterator[None]:
+    """The lock file names host, pid and process start; a thread renews it while the owner lives."""
+    uri = storage.join(output, "lock.json")
+    _refuse_living_owner(uri, output)
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    storage.write_json(uri, owner | {"renewed": time.time()})
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(LEASE_SECONDS / 3):
+            storage.write_json(uri, owner | {"renewed": time.time()})
+
+    thread = threading.Thread(target=renew, daemon=True, name="lock-renewal")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        storage.remove(uri)
+
+
+def _refuse_living_owner(uri: str, output: str) -> None:
+    if not storage.exists(uri):
+        return
+    held = storage.read_json(uri)
+    if held["host"] == socket.gethostname():
+        alive = _process_start(held["pid"]) == held["started"]
+    else:
+        alive = time.time() - held["renewed"] < LEASE_SECONDS
+    if alive:
+        raise ValueError(f"{output} is being written by process {held['pid']} on {held['host']}; wait for it, stop it, "
+                         "or use another output folder")
+
+
+def _process_start(pid: int) -> str | None:
+    """The kernel's start time of a process (tells a reused pid apart); None if there is no such process."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    with contextlib.suppress(OSError):
+        os.kill(pid, 0)  # systems without /proc
+        return "unknown"
+    return None

@@ -1,0 +1,128 @@
+"""Files at a URI (local path, s3://, gs://, hdfs://: what pyarrow's filesystems open), written whole or not at all.
+
+A local file is written under a temporary name and renamed; an object store makes an object visible only when its upload is
+complete. Not a cache and not a copy tool.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+
+def absolute(uri: str) -> str:
+    """The URI with a local path made absolute (Ray's workers change directory)."""
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a URI and the path in it. Raises ValueError for a URI that no filesystem opens."""
+    try:
+        return pafs.FileSystem.from_uri(absolute(uri))
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise ValueError(f"cannot open {uri!r}: {error}; use a local path or s3://, gs://, hdfs://") from error
+
+
+def is_local(uri: str) -> bool:
+    return isinstance(resolve(uri)[0], pafs.LocalFileSystem)
+
+
+def join(uri: str, *parts: str) -> str:
+    """Append path parts, keeping a query string (`s3://bucket/a?endpoint_override=...`) at the end."""
+    base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return "/".join([base.rstrip("/"), *parts]) + mark + query
+
+
+def exists(uri: str) -> bool:
+    fs, path = resolve(uri)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def list_names(uri: str) -> list[str]:
+    """Sorted names of a folder's children; empty if there is no such folder."""
+    fs, path = resolve(uri)
+    return sorted(info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file. Raises FileNotFoundError."""
+    fs, path = resolve(uri)
+    with fs.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def read_json(uri: str) -> Any:
+    """Parsed JSON. Raises FileNotFoundError, or ValueError naming a damaged file."""
+    data = read_bytes(uri)
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{uri}: damaged JSON ({error}); delete it and run the same command again") from error
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Create or replace a file, whole."""
+    fs, path = resolve(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.tmp-{os.getpid()}"
+        try:
+            Path(temporary).write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    else:
+        with fs.open_output_stream(path) as stream:
+            stream.write(data)
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def remove(uri: str) -> None:
+    """Delete a file or a folder with all it holds; nothing if it is not there."""
+    fs, path = resolve(uri)
+    kind = fs.get_file_info(path).type
+    if kind == pafs.FileType.Directory:
+        fs.delete_dir(path)
+    elif kind == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def publish_folder(local: str | Path, uri: str, *, last: str) -> None:
+    """Move a finished local folder to `uri`. The file `last` arrives after all others and marks the folder as whole."""
+    fs, path = resolve(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        temporary = f"{path}.tmp-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        shutil.move(local, temporary)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        return
+    files = sorted((f for f in Path(local).rglob("*") if f.is_file()), key=lambda f: (f.name == last, str(f)))
+    for file in files:
+        write_bytes(join(uri, *file.relative_to(local).parts), file.read_bytes())
+
+
+def fetch_folder(uri: str, local: str | Path) -> Path:
+    """The folder as a local path: itself where it is local already, else a copy under `local`."""
+    fs, path = resolve(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        return Path(path)
+    for info in fs.get_file_info(pafs.FileSelector(path, recursive=True)):
+        if info.type == pafs.FileType.File:
+            target = Path(local) / Path(info.path).relative_to(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with fs.open_input_stream(info.path) as stream:
+                target.write_bytes(stream.read())
+    return Path(local)

@@ -1,0 +1,139 @@
+"""Config: strict reading, overrides, identity; presets."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mdt_ray import config_io, presets, run_folder, storage
+from mdt_ray.config import ModelConfig, OptimConfig, TrainConfig, WorkersConfig
+
+
+def test_round_trip_through_json():
+    config = presets.digits()
+    again = config_io.from_dict(type(config), json.loads(json.dumps(config_io.to_dict(config))))
+    assert again == config
+
+
+def test_toml_and_run_json_load_through_the_same_reader(tmp_path):
+    (tmp_path / "run.toml").write_text("batch_size = 128\n[optim]\nlr = 1e-3\n")
+    loaded = config_io.load_file(TrainConfig, tmp_path / "run.toml")
+    assert (loaded.batch_size, loaded.optim.lr) == (128, 1e-3)
+    (tmp_path / "run.json").write_text(json.dumps(run_folder.describe("train", loaded, {})))
+    assert config_io.load_file(TrainConfig, tmp_path / "run.json") == loaded
+
+
+def test_dotted_and_nested_overrides_agree():
+    dotted = config_io.override(TrainConfig(), {"optim.lr": 1e-3, "optim.warmup_steps": 7, "loss.mask_ratio": 0.5})
+    nested = config_io.override(TrainConfig(), {"optim": {"lr": 1e-3, "warmup_steps": 7}, "loss": {"mask_ratio": 0.5}})
+    assert dotted == nested
+    assert dotted.optim == OptimConfig(lr=1e-3, warmup_steps=7)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"optim.lrr": 1.0}, r"unknown setting 'optim.lrr'; did you mean 'lr'"),
+    ({"opti": {}}, r"unknown setting 'opti'; did you mean 'optim'"),
+    ({"optim": 3}, r"optim = 3: must be a table"),
+    ({"batch_size": "many"}, r"batch_size = 'many': must be int"),
+    ({"batch_size": True}, r"batch_size = True: must be int"),
+    ({"precision": "fp8"}, r"precision = 'fp8': must be one of"),
+    ({"loss.mask_ratio": 1.0}, r"loss.mask_ratio = 1.0: must be in \[0, 1\)"),
+    ({"loss.mask_ratio": -0.1}, r"loss.mask_ratio = -0.1"),
+    ({"num_lanes": 7}, r"num_lanes = 7: must divide batch_size = 256"),
+    ({"workers.num_workers": 65}, r"must not exceed num_lanes = 64"),
+    ({"model": {"input_size": 9}}, r"model.patch_size = 2: must divide the latent size 9"),
+    ({"model": {"decode_layer": 0}}, r"model.decode_layer = 0: must be between 1 and depth"),
+    ({"model": {"num_heads": 5}}, r"model.hidden_size = 384: must be divisible by num_heads = 5"),
+    ({"optim": {"schedule": "cosine"}}, r"optim.schedule_steps = None: a cosine schedule needs its last step"),
+])
+def test_bad_values_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        config_io.from_dict(TrainConfig, values)
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        config_io.load_file(TrainConfig, tmp_path / "none.toml")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid json"):
+        config_io.load_file(TrainConfig, tmp_path / "bad.json")
+
+
+def test_operational_fields_are_not_identity():
+    base = TrainConfig()
+    same = dataclasses.replace(base, num_steps=7, workers=WorkersConfig(num_workers=3), output="elsewhere", keep_last=9)
+    other = dataclasses.replace(base, model=ModelConfig(depth=10))
+    identity = config_io.identity_fields
+    assert identity(base) == identity(same)
+    assert config_io.difference(identity(base), identity(other)) == ["model.depth: 12 -> 10"]
+
+
+def test_an_integer_learning_rate_names_the_same_run_as_a_float():
+    a, b = (config_io.from_dict(TrainConfig, {"optim": {"lr": lr}}) for lr in (1, 1.0))
+    assert config_io.fingerprint(config_io.identity_fields(a)) == config_io.fingerprint(config_io.identity_fields(b))
+
+
+@pytest.mark.parametrize("name", list(presets.PRESETS))
+def test_presets_are_valid_and_complete(name):
+    config = presets.preset(name)
+    assert config.train.latents == config.precompute.output
+    assert config.train.optim.lr > 0
+    assert presets.PRESETS[name].__doc__
+
+
+def test_published_recipe():
+    """Paper section 5.1: AdamW 3e-4, batch 256, no decay, mask ratio 0.3, decoder of 2 blocks; DiT's EMA 0.9999."""
+    train = presets.imagenet256_s_2().train
+    assert (train.optim.lr, train.optim.weight_decay, train.optim.warmup_steps) == (3e-4, 0.0, 0)
+    assert (train.batch_size, train.loss.mask_ratio, train.model.decode_layer) == (256, 0.3, 2)
+    assert (train.ema.decay, train.ema.warmup, train.optim.schedule) == (0.9999, False, "constant")
+
+
+def test_unknown_preset_suggests():
+    with pytest.raises(ValueError, match="unknown preset 'digts'; did you mean 'digits'"):
+        presets.preset("digts")
+
+
+def test_output_of_another_run_is_refused_with_the_difference(tmp_path):
+    output = str(tmp_path)
+    first = run_folder.describe("train", TrainConfig(), {})
+    with run_folder.claim(output, first):
+        pass
+    second = run_folder.describe("train", config_io.override(TrainConfig(), {"optim.lr": 1e-3}), {})
+    with pytest.raises(ValueError, match=r"holds another run(.|\n)*optim.lr: 0.0003 -> 0.001"):
+        run_folder.check_identity(output, second)
+    operational = run_folder.describe("train", config_io.override(TrainConfig(), {"num_steps": 5}), {})
+    run_folder.check_identity(output, operational)
+    with pytest.raises(ValueError, match=r"inputs.latents: None -> 'abc'"):
+        run_folder.check_identity(output, run_folder.describe("train", TrainConfig(), {"latents": "abc"}))
+
+
+def test_one_writer_per_folder(tmp_path):
+    run = run_folder.describe("train", TrainConfig(), {})
+    with run_folder.claim(str(tmp_path), run):
+        with pytest.raises(ValueError, match="is being written by process"):
+            with run_folder.claim(str(tmp_path), run):
+                pass
+    with run_folder.claim(str(tmp_path), run):  # free again
+        pass
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    run = run_folder.describe("train", TrainConfig(), {})
+    lock = storage.join(str(tmp_path), "lock.json")
+    import os
+    import socket
+    import time
+
+    # Our own pid, but another start time: a pid that was used again.
+    storage.write_json(lock, {"host": socket.gethostname(), "pid": os.getpid(), "started": "0", "renewed": time.time()})
+    with run_folder.claim(str(tmp_path), run):
+        pass
+    far = {"host": "elsewhere", "pid": 1, "started": "0"}
+    storage.write_json(lock, far | {"renewed": time.time()})
+    with pytest.raises(ValueError, match="on elsewhere"):
+        with run_folder.claim(str(tmp_path), run):
+            pass
+    storage.write_json(lock, far | {"renewed": time.time() - 31})
+    with run_folder.claim(str(tmp_path), run):
+        pass
