@@ -1,0 +1,8 @@
+"""The denoising transformers: MDT (arXiv 2303.14389) and the DiT baseline (arXiv 2212.09748), as diffusers models."""
+
+from mdt_ray.models import official
+from mdt_ray.models.dit import DiT
+from mdt_ray.models.masking import Mask, sample_mask
+from mdt_ray.models.mdt import MDT
+
+__all__ = ["MDT", "DiT", "Mask", "official", "sample_mask"]

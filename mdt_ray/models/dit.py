@@ -1,0 +1,51 @@
+"""Diffusion Transformer (arXiv 2212.09748), the baseline: no masking, no relative bias, fixed positions.
+
+B batch, L tokens, D width, C latent channels, h x w latent size.
+"""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from mdt_ray.models import layers
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """The denoiser eps, v = DiT(x_t, t, y). Arguments and errors as for MDT, without a decoder of its own."""
+
+    @register_to_config
+    def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 384,
+                 depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, num_classes: int = 1000,
+                 class_dropout_prob: float = 0.1):
+        super().__init__()
+        side = layers.check_latent_shape(input_size, patch_size)
+        self.x_embedder = layers.PatchEmbed(in_channels, patch_size, hidden_size)
+        self.t_embedder = layers.TimestepEmbedder(hidden_size)
+        self.y_embedder = layers.LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.blocks = nn.ModuleList(layers.Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = layers.FinalLayer(hidden_size, patch_size, 2 * in_channels)
+        self.register_buffer("pos_embed", layers.sincos_positions(hidden_size, side))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The published initialisation: adaLN-Zero."""
+        self.apply(layers.init_linear)
+        layers.init_embedders(self)
+        for block in (*self.blocks, self.final_layer):
+            block.init_zero()
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, mask: None = None) -> torch.Tensor:
+        """Noisy latents x (B, C, h, w), timesteps t (B,), labels y (B,) -> (B, 2C, h, w).
+
+        Raises ValueError for wrong shapes, and for a mask: DiT has no masked pass.
+        """
+        if mask is not None:
+            raise ValueError("mask: DiT has no masked pass; use MDT, or pass mask=None")
+        layers.check_inputs(self, x, t, y)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        x = self.x_embedder(x) + self.pos_embed  # (B, L, D)
+        for block in self.blocks:
+            x = block(x, c)  # (B, L, D)
+        x = self.final_layer(x, c)  # (B, L, p p 2C)
+        return layers.unpatchify(x, self.config.input_size // self.config.patch_size, self.config.patch_size)

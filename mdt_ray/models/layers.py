@@ -1,0 +1,195 @@
+"""The parts that MDT and DiT are made of. No model here.
+
+B batch, L tokens, D width, H heads, C latent channels, h x w latent size, p patch size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def init_linear(module: nn.Module) -> None:
+    """DiT's basic initialisation: xavier-uniform weights, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def sincos_positions(width: int, side: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine table of MAE: half the features for the column, half for the row. (1, side^2, width)"""
+    omega = torch.exp(-math.log(10000) * torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
+    columns = axis[None, :, :].expand(side, -1, -1)  # (side, side, D/2)
+    rows = axis[:, None, :].expand(-1, side, -1)  # (side, side, D/2)
+    return torch.cat([columns, rows], dim=2).reshape(1, side * side, width).float()  # (1, L, D)
+
+
+def relative_position_index(side: int) -> torch.Tensor:
+    """Row of the bias table for (query, key): (dh + side - 1)(2 side - 1) + (dw + side - 1), d = query - key. (L, L)"""
+    row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
+    delta_row = row[:, None] - row[None, :] + side - 1  # (L, L)
+    delta_column = column[:, None] - column[None, :] + side - 1  # (L, L)
+    return delta_row * (2 * side - 1) + delta_column
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Adaptive layer-norm of (B, L, D) with shift and scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbed(nn.Module):
+    """p x p patches to tokens, row-major."""
+
+    def __init__(self, in_channels: int, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))  # as a linear layer on flattened patches
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, L, D)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timestep to vector: 256 features [cos | sin], then a two-layer MLP."""
+
+    NUM_FEATURES = 256
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.NUM_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        half = self.NUM_FEATURES // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angle = t[:, None].float() * frequencies  # (B, 128)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))  # (B, D)
+
+
+class LabelEmbedder(nn.Module):
+    """Class label to vector. The null label is row `num_classes`, which exists only if labels are dropped in training."""
+
+    def __init__(self, num_classes: int, width: int, class_dropout_prob: float):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), width)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return self.embedding_table(y)  # (B, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention softmax(q k^T / sqrt(d) + B) v, with an optional relative position bias B per head."""
+
+    def __init__(self, width: int, num_heads: int, num_relative_positions: int = 0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.relative_position_bias_table = None
+        if num_relative_positions:
+            self.relative_position_bias_table = nn.Parameter(torch.empty(num_relative_positions, num_heads))
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, L, D); positions: rows of the bias table, (L, L) or (B, L, L)."""
+        batch, length, width = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, d)
+        bias = None
+        if self.relative_position_bias_table is not None:
+            bias = F.embedding(positions, self.relative_position_bias_table)  # (..., L, L, H)
+            bias = bias.movedim(-1, -3).to(q.dtype)  # (..., H, L, L)
+            bias = bias if bias.ndim == 4 else bias[None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, L, d)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width))  # (B, L, D)
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero conditioning (DiT), and a relative position bias where asked (paper eq. 1)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, num_relative_positions: int = 0):
+        super().__init__()
+        self.attn = Attention(width, num_heads, num_relative_positions)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, L, D), condition c (B, D), positions as in Attention -> (B, L, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (B, D)
+        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), positions)
+        return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+
+    def init_zero(self) -> None:
+        """adaLN-Zero: the block starts as the identity."""
+        nn.init.zeros_(self.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.adaLN_modulation[1].bias)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to pixels of noise and variance; starts at zero."""
+
+    def __init__(self, width: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)  # 2 x (B, D)
+        return self.linear(modulate(layer_norm(x), shift, scale))  # (B, L, p p C)
+
+    def init_zero(self) -> None:
+        for layer in (self.adaLN_modulation[1], self.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def layer_norm(x: torch.Tensor) -> torch.Tensor:
+    """Layer-norm over the width without affine parameters, eps 1e-6 (DiT)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def unpatchify(tokens: torch.Tensor, side: int, patch_size: int) -> torch.Tensor:
+    """(B, side^2, p p C), laid out (p, q, channel), to (B, C, side p, side p)."""
+    batch = tokens.shape[0]
+    x = tokens.reshape(batch, side, side, patch_size, patch_size, -1)  # (B, h/p, w/p, p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch_size, side * patch_size)  # (B, C, h, w)
+
+
+def init_embedders(model: nn.Module) -> None:
+    """Label table and timestep MLP start at N(0, 0.02) (DiT)."""
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+    nn.init.normal_(model.t_embedder.mlp[0].weight, std=0.02)
+    nn.init.normal_(model.t_embedder.mlp[2].weight, std=0.02)
+
+
+def check_inputs(model: nn.Module, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
+    """Raise ValueError unless x, t and y have the shapes that the model's config asks for."""
+    config = model.config
+    expected = (x.shape[0], config.in_channels, config.input_size, config.input_size)
+    if tuple(x.shape) != expected:
+        raise ValueError(f"x has shape {tuple(x.shape)}: must be {('B', *expected[1:])}, as the model's config says")
+    for name, value in (("t", t), ("y", y)):
+        if tuple(value.shape) != (x.shape[0],):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: must be (B,) = ({x.shape[0]},)")
+
+
+def check_latent_shape(input_size: int, patch_size: int) -> int:
+    """Tokens per side. Raises ValueError if patches do not tile the latent."""
+    if input_size % patch_size:
+        raise ValueError(f"patch_size = {patch_size}: must divide the latent size {input_size}")
+    return input_size // patch_size

@@ -1,0 +1,181 @@
+"""MDT and DiT against the reference vectors, the paper's numbers and their own invariants."""
+
+import pytest
+import torch
+
+from mdt_ray.models import MDT, DiT, Mask, layers, official, sample_mask
+from tests.conftest import relative_error, with_prefix
+
+TINY = {"input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 48, "depth": 4, "num_heads": 4, "num_classes": 10}
+
+
+@pytest.fixture(scope="module")
+def mdt(vectors, vector_config) -> MDT:
+    return official.load(with_prefix(vectors, "mdt_v1.weights."), vector_config)
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Small random weights everywhere, so that zero-initialised layers do not hide anything."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.05, generator=generator)
+    return model
+
+
+# Oracle
+
+
+@torch.no_grad()
+def test_mdt_full_pass_equals_reference(mdt, vectors):
+    out = mdt(vectors["x"], vectors["t"], vectors["y"])
+    assert relative_error(out, vectors["mdt_v1.out_full"]) <= 1e-4
+
+
+@torch.no_grad()
+def test_mdt_masked_pass_equals_reference(mdt, vectors):
+    out = mdt(vectors["x"], vectors["t"], vectors["y"], mask=Mask.from_noise(vectors["mask_noise"], 0.3))
+    assert relative_error(out, vectors["mdt_v1.out_masked"]) <= 1e-4
+
+
+def test_mdt_gradients_equal_reference(mdt, vectors):
+    mdt.zero_grad()
+    mask = Mask.from_noise(vectors["mask_noise"], 0.3)
+    x, t, y = vectors["x"], vectors["t"], vectors["y"]
+    loss = mdt(x, t, y).square().mean() + mdt(x, t, y, mask=mask).square().mean()
+    loss.backward()
+    assert relative_error(loss.detach(), vectors["mdt_v1.loss_sq"]) <= 1e-4
+    expected = with_prefix(vectors, "mdt_v1.grad.")
+    assert len(expected) == 7
+    parameters = dict(mdt.named_parameters())
+    for name, gradient in expected.items():
+        ours = parameters[name.replace(".rel_pos_bias.", ".")].grad
+        # The published bias tables end in 3 rows that nothing indexes, so their gradient is zero.
+        assert not gradient[len(ours):].any()
+        assert relative_error(ours, gradient[:len(ours)]) <= 1e-4, name
+
+
+@torch.no_grad()
+def test_dit_equals_reference(vectors, vector_config):
+    dit = official.load(with_prefix(vectors, "dit.weights."), vector_config)
+    assert isinstance(dit, DiT)
+    assert relative_error(dit(vectors["x"], vectors["t"], vectors["y"]), vectors["dit.out_full"]) <= 1e-4
+
+
+@pytest.mark.parametrize(("size", "mdt_count", "dit_count"), [
+    ((384, 12, 6), 33_130_856, 32_865_056),
+    ((768, 12, 12), 130_847_408, 130_315_808),
+    ((1152, 28, 16), 675_855_072, 674_834_720),
+])
+def test_parameter_counts_are_the_papers(size, mdt_count, dit_count):
+    width, depth, heads = size
+    with torch.device("meta"):
+        mdt, dit = (cls(hidden_size=width, depth=depth, num_heads=heads) for cls in (MDT, DiT))
+    training_only = ("sideblocks.", "mask_token")
+    assert sum(p.numel() for n, p in mdt.named_parameters() if not n.startswith(training_only)) == mdt_count
+    assert sum(p.numel() for p in dit.parameters()) == dit_count
+
+
+def test_sincos_positions_by_hand():
+    table = layers.sincos_positions(8, 3)[0].double()
+    row, column = 1, 2
+    omega = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    expected = torch.cat([f(torch.tensor(place) * omega) for place in (column, row) for f in (torch.sin, torch.cos)])
+    torch.testing.assert_close(table[row * 3 + column], expected, atol=1e-6, rtol=0)
+
+
+def test_relative_bias_depends_on_query_minus_key():
+    side, index = 3, layers.relative_position_index(3)
+    for q in range(9):
+        for k in range(9):
+            dh, dw = q // side - k // side, q % side - k % side
+            assert index[q, k] == (dh + side - 1) * (2 * side - 1) + dw + side - 1
+
+
+# Invariant
+
+
+@torch.no_grad()
+def test_side_interpolator_leaves_kept_tokens_untouched():
+    model = randomised(MDT(**TINY, class_dropout_prob=0.1))
+    mask = sample_mask(2, 16, 0.5, torch.Generator().manual_seed(1))
+    encoded = torch.randn(2, 8, 48)
+    c = torch.randn(2, 48)
+    out = model.interpolate(encoded, c, mask)
+    kept = mask.keep(out)
+    assert torch.equal(kept, encoded + mask.keep(model.decoder_pos_embed.expand(2, -1, -1)))
+    filled = mask.restore(encoded, model.mask_token) + model.decoder_pos_embed
+    assert not torch.isclose(out, filled)[mask.hidden].any(1).all()
+
+
+@torch.no_grad()
+def test_hidden_tokens_do_not_reach_the_output():
+    """The masked pass must not see the pixels of hidden tokens."""
+    model = randomised(MDT(**TINY, class_dropout_prob=0.1))
+    mask = sample_mask(1, 16, 0.5, torch.Generator().manual_seed(2))
+    x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([3])
+    pixels = mask.hidden.reshape(1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    changed = torch.where(pixels, torch.randn_like(x), x)
+    assert torch.equal(model(x, t, y, mask=mask), model(changed, t, y, mask=mask))
+    assert not torch.equal(model(x, t, y), model(changed, t, y))
+
+
+@torch.no_grad()
+def test_a_fresh_model_predicts_zero():
+    for model in (MDT(**TINY), DiT(**TINY)):
+        assert not model(torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([0, 10])).any()
+
+
+def test_every_parameter_gets_a_gradient():
+    """DDP refuses unused ones."""
+    model = randomised(MDT(**TINY))
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 10])
+    (model(x, t, y).square().mean() + model(x, t, y, mask=sample_mask(2, 16, 0.3)).square().mean()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_null_label_exists_only_with_label_dropout():
+    assert MDT(**TINY, class_dropout_prob=0.1).y_embedder.embedding_table.num_embeddings == 11
+    assert MDT(**TINY, class_dropout_prob=0.0).y_embedder.embedding_table.num_embeddings == 10
+
+
+# Determinism
+
+
+def test_save_and_load_is_bit_equal(tmp_path):
+    for model in (randomised(MDT(**TINY)), randomised(DiT(**TINY))):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder, low_cpu_mem_usage=False)
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(loaded.state_dict()[k], v) for k, v in model.state_dict().items())
+        x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.tensor([1])
+        # Kernels round by memory alignment, which loading changes.
+        torch.testing.assert_close(loaded.eval()(x, t, y), model.eval()(x, t, y), rtol=1e-5, atol=1e-6)
+
+
+# Bad input
+
+
+def test_wrong_shapes_are_named():
+    model = MDT(**TINY)
+    with pytest.raises(ValueError, match=r"x has shape \(1, 3, 8, 8\)"):
+        model(torch.zeros(1, 3, 8, 8), torch.tensor([0]), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"y has shape \(2,\)"):
+        model(torch.zeros(1, 4, 8, 8), torch.tensor([0]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="patch_size = 3: must divide the latent size 8"):
+        MDT(**{**TINY, "patch_size": 3})
+    with pytest.raises(ValueError, match="decode_layer = 5"):
+        MDT(**TINY, decode_layer=5)
+    with pytest.raises(ValueError, match="DiT has no masked pass"):
+        DiT(**TINY)(torch.zeros(1, 4, 8, 8), torch.tensor([0]), torch.tensor([0]), mask=sample_mask(1, 16, 0.5))
+
+
+def test_official_names_what_does_not_fit(vectors, vector_config):
+    weights = with_prefix(vectors, "mdt_v1.weights.")
+    with pytest.raises(ValueError, match="neither the published MDT v1 layout"):
+        official.load({"foo": torch.zeros(1)}, vector_config)
+    missing = {k: v for k, v in weights.items() if k != "mask_token"}
+    with pytest.raises(ValueError, match="mask_token"):
+        official.load(missing, vector_config)
+    with pytest.raises(ValueError, match="check input_size and patch_size"):
+        official.load(weights, vector_config | {"input_size": 16})
