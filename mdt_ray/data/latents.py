@@ -1,0 +1,165 @@
+"""Latents on disk: one Parquet file per chunk, and the manifest that says they are whole. Plain pyarrow reads them.
+
+A row is id, label, split, moments (posterior mean then std, float16, raw and unscaled) and optionally moments_flip.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mdt_ray import config_io, storage
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentFile:
+    """A chunk's file as the manifest lists it."""
+
+    name: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    rows_per_group: int
+    validation_rows: list[int]
+    """Rows held out from training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """manifest.json of a latents folder, written last."""
+
+    identity: str
+    """Name of the run that wrote them (settings and source)."""
+    shape: list[int]
+    """Of one latent, (C, h, w)."""
+    image_size: int
+    vae: dict
+    """path, revision, scale, shift, weights_hash."""
+    num_classes: int
+    class_counts: list[int]
+    class_names: list[str]
+    flip: bool
+    rejected: list[dict] = field(default_factory=list)
+    """id and reason of every image that could not be read."""
+    files: list[LatentFile] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def num_rows(self) -> int:
+        return sum(f.num_rows for f in self.files)
+
+    @property
+    def num_train(self) -> int:
+        return sum(f.num_rows - len(f.validation_rows) for f in self.files)
+
+    @property
+    def content(self) -> str:
+        """Hash of every latent: what training's identity depends on."""
+        return config_io.fingerprint([f.sha256 for f in self.files])
+
+
+def split_of(image_id: str, validation_share: float) -> str:
+    """`validation` for a fixed share of ids, by hash, else `train`."""
+    place = int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") / 2**64
+    return "validation" if place < validation_share else "train"
+
+
+def encode_table(ids: list[str], labels: list[int], moments: np.ndarray, flipped: np.ndarray | None,
+                 validation_share: float, metadata: dict) -> pa.Table:
+    """Rows of one chunk as an Arrow table.
+
+    Args: moments (n, 2, C, h, w), mean then std, of any float type; `flipped` the same for the mirror images.
+    """
+    def rows(values: np.ndarray) -> pa.Array:
+        return pa.array([row.tobytes() for row in values.astype(np.float16)], pa.binary())
+
+    columns = {"id": pa.array(ids, pa.string()), "label": pa.array(labels, pa.int32()),
+               "split": pa.array([split_of(i, validation_share) for i in ids], pa.string()), "moments": rows(moments)}
+    if flipped is not None:
+        columns["moments_flip"] = rows(flipped)
+    return pa.table(columns).replace_schema_metadata({"mdt_ray.latents": json.dumps(metadata, sort_keys=True)})
+
+
+def write_file(uri: str, table: pa.Table, rows_per_group: int) -> LatentFile:
+    """Write a chunk's file whole; returns its entry for the manifest. The same table gives the same bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=rows_per_group, compression="none", use_dictionary=False)
+    data = buffer.getvalue()
+    storage.write_bytes(uri, data)
+    validation_rows = [row for row, split in enumerate(table.column("split").to_pylist()) if split == "validation"]
+    return LatentFile(name=uri.rpartition("/")[2].partition("?")[0], num_rows=table.num_rows, num_bytes=len(data),
+                      sha256=storage.sha256(data), rows_per_group=rows_per_group, validation_rows=validation_rows)
+
+
+def write_manifest(folder: str, manifest: Manifest) -> None:
+    storage.write_json(storage.join(folder, MANIFEST), asdict(manifest))
+
+
+def open_manifest(folder: str) -> Manifest:
+    """Read the manifest and check that every file it lists is there with its size.
+
+    Raises ValueError naming the folder or file that is missing or truncated, and the remedy.
+    """
+    try:
+        values = storage.read_json(storage.join(folder, MANIFEST))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder}: no {MANIFEST}, so no finished latents; run `mdt-ray precompute` with this output"
+                         ) from error
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"{folder}: schema_version = {values.get('schema_version')!r}, must be {SCHEMA_VERSION}; "
+                         "write the latents again with `mdt-ray precompute`")
+    manifest = Manifest(**values | {"files": [LatentFile(**f) for f in values["files"]]})
+    for file in manifest.files:
+        check_file(folder, file)
+    return manifest
+
+
+def check_file(folder: str, file: LatentFile) -> None:
+    """Raise ValueError if a listed file is missing or has another size."""
+    uri = storage.join(folder, file.name)
+    fs, path = storage.resolve(uri)
+    info = fs.get_file_info(path)
+    if not info.is_file:
+        raise ValueError(f"{uri}: missing; run the same `mdt-ray precompute` again, which rebuilds just that file")
+    if info.size != file.num_bytes:
+        raise ValueError(f"{uri}: {info.size} bytes, must be {file.num_bytes} (truncated or changed); run the same "
+                         "`mdt-ray precompute` again, which rebuilds just that file")
+
+
+def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip: bool) -> dict[str, np.ndarray]:
+    """One row group as arrays: label (n,), moments (n, 2, C, h, w) float16 and, if asked, moments_flip.
+
+    Raises ValueError naming a damaged file, or one without mirror images where they are asked for.
+    """
+    uri = storage.join(folder, file.name)
+    fs, path = storage.resolve(uri)
+    columns = ["label", "moments"] + ["moments_flip"] * flip
+    try:
+        with fs.open_input_file(path) as handle:
+            table = pq.ParquetFile(handle).read_row_group(group, columns=columns)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{uri}: row group {group} is not readable ({error}); run the same `mdt-ray precompute` again"
+                         ) from error
+    arrays = {"label": table.column("label").to_numpy()}
+    for name in columns[1:]:
+        if name not in table.column_names:
+            raise ValueError(f"{uri}: has no {name}; run `mdt-ray precompute --flip`")
+        arrays[name] = _binary_rows(table.column(name), (2, *shape))
+    return arrays
+
+
+def _binary_rows(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+    """A binary column of equal rows as one float16 array, a view of its data buffer."""
+    array = column.combine_chunks()
+    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    data = np.frombuffer(array.buffers()[2], dtype=np.float16)
+    first = np.frombuffer(array.buffers()[1], dtype=np.int32)[array.offset] // 2
+    count = len(array) * int(np.prod(shape))
+    return data[first:first + count].reshape(len(array), *shape)
