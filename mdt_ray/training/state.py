@@ -1,0 +1,145 @@
+"""What a run is at a step, and its checkpoint: a folder that opens without any training code.
+
+    model/ ema/       diffusers' save_pretrained layout (safetensors)
+    optimizer.pt      torch, read with weights_only
+    state.json        step, images seen, attempt, and the latents' VAE, size and classes
+    metrics.parquet   the rows logged so far
+    run.json          settings, identity, versions
+    checksums.json    sha256 of every other file, written last
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from mdt_ray import storage
+from mdt_ray.models import MDT, DiT
+
+logger = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+CHECKSUMS = "checksums.json"
+
+
+@dataclass
+class TrainState:
+    """The moving parts of a run. `step` steps are done; `attempt` counts returns to an earlier checkpoint."""
+
+    model: MDT | DiT
+    ema: MDT | DiT
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    attempt: int = 0
+    history: list[dict] = field(default_factory=list)
+    """Rows of metrics logged so far."""
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(state: TrainState, output: str, run: dict, facts: dict) -> str:
+    """Write a checkpoint whole; returns its URI.
+
+    `run` is the content of run.json; `facts` are stored in state.json beside the step.
+    """
+    uri = storage.join(output, CHECKPOINTS, checkpoint_name(state.step))
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "checkpoint"
+        state.model.save_pretrained(folder / "model")
+        state.ema.save_pretrained(folder / "ema")
+        torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
+        values = {"step": state.step, "attempt": state.attempt, **facts}
+        (folder / "state.json").write_text(json.dumps(values, indent=1))
+        (folder / "run.json").write_text(json.dumps(run, indent=1))
+        write_metrics(state.history, str(folder / "metrics.parquet"))
+        sums = {str(f.relative_to(folder)): storage.sha256(f.read_bytes())
+                for f in sorted(folder.rglob("*")) if f.is_file()}
+        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+        storage.publish_folder(folder, uri, last=CHECKSUMS)
+    return uri
+
+
+def write_metrics(history: list[dict], uri: str) -> None:
+    """Rows of metrics as Parquet."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(history), sink)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_metrics(uri: str) -> list[dict]:
+    return pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()
+
+
+def list_checkpoints(output: str) -> list[str]:
+    """URIs of finished checkpoints of a training output, oldest first."""
+    folder = storage.join(output, CHECKPOINTS)
+    names = [n for n in storage.list_names(folder) if n.startswith("step-") and ".tmp-" not in n]
+    return [storage.join(folder, n) for n in names if storage.exists(storage.join(folder, n, CHECKSUMS))]
+
+
+def damage(uri: str) -> str | None:
+    """What is wrong with a checkpoint on disk, by its checksums; None if nothing is."""
+    for name, expected in storage.read_json(storage.join(uri, CHECKSUMS)).items():
+        try:
+            found = storage.sha256(storage.read_bytes(storage.join(uri, *name.split("/"))))
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if found != expected:
+            return f"{name} does not have its checksum"
+    return None
+
+
+def latest_checkpoint(output: str) -> str | None:
+    """The newest undamaged checkpoint of a training output, or None. A damaged one is passed over with a warning."""
+    for uri in reversed(list_checkpoints(output)):
+        fault = damage(uri)
+        if fault is None:
+            return uri
+        logger.warning("checkpoint %s is damaged (%s); taking the one before it", uri, fault)
+    return None
+
+
+def resolve_checkpoint(uri: str) -> str:
+    """A checkpoint folder: `uri` itself, or the newest one of the training output `uri`. Raises ValueError if none."""
+    if storage.exists(storage.join(uri, CHECKSUMS)):
+        return uri
+    found = latest_checkpoint(uri)
+    if found is None:
+        raise ValueError(f"checkpoint = {uri!r}: neither a checkpoint nor a training output with one; run `mdt-ray train`")
+    return found
+
+
+def restore(state: TrainState, uri: str) -> None:
+    """Load a checkpoint into `state`, in place."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = storage.fetch_folder(uri, parent)
+        for module, name in ((state.model, "model"), (state.ema, "ema")):
+            module.load_state_dict(type(module).from_pretrained(folder / name, low_cpu_mem_usage=False).state_dict())
+        state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+        values = json.loads((folder / "state.json").read_text())
+        state.step, state.attempt = values["step"], values["attempt"]
+        state.history[:] = read_metrics(str(folder / "metrics.parquet"))
+
+
+def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and those at a multiple of `keep_every_steps` (0: none)."""
+    for uri in list_checkpoints(output)[:-keep_last]:
+        step = int(uri.rpartition("step-")[2].partition("?")[0])
+        if not keep_every_steps or step % keep_every_steps:
+            # The mark of a whole checkpoint goes first, so that a kill in between leaves no half of one.
+            storage.remove(storage.join(uri, CHECKSUMS))
+            storage.remove(uri)
+
+
+def clear_leftovers(output: str) -> None:
+    """Delete temporary checkpoint folders that a killed process left on a local disk."""
+    if storage.is_local(output):
+        for path in Path(storage.absolute(output), CHECKPOINTS).glob("*.tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,232 @@
+"""The training loop without Ray: it learns, resumes bit for bit, skips non-finite steps, keeps its checkpoints whole."""
+
+import copy
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mdt_ray import config_io, storage
+from mdt_ray.config import EmaConfig, ModelConfig, OptimConfig
+from mdt_ray.data import latents
+from mdt_ray.data.loader import Loader, LoaderConfig
+from mdt_ray.models import MDT, DiT
+from mdt_ray.training import loop
+from mdt_ray.training import state as states
+from mdt_ray.training.ema import ema_decay, update_ema
+from mdt_ray.training.optim import build_optimizer, clip_gradients, learning_rate
+from mdt_ray.training.run import resolve_model, run_rank
+from mdt_ray.training.state import TrainState
+from mdt_ray.training.step import TrainingStep, build_model
+from tests.conftest import ROOT
+from tests.helpers import make_latents, tiny_training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    make_latents(folder, num_images=130)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(config, **arguments) -> TrainState:
+    manifest = latents.open_manifest(config.latents)
+    config = dataclasses.replace(config, model=resolve_model(config.model, manifest))
+    return run_rank(config, manifest, {"config": config_io.to_dict(config)}, **arguments)
+
+
+def without_times(history: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in history]
+
+
+def assert_equal_states(a: TrainState, b: TrainState) -> None:
+    for one, two in ((a.model, b.model), (a.ema, b.ema)):
+        assert all(torch.equal(x, y) for x, y in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    first, second = a.optimizer.state_dict()["state"], b.optimizer.state_dict()["state"]
+    assert all(torch.equal(first[i][k], second[i][k]) for i in first for k in first[i])
+    assert without_times(a.history) == without_times(b.history)
+
+
+# Determinism
+
+
+def test_straight_equals_resumed_bit_for_bit(folder, tmp_path):
+    straight = run(tiny_training(folder, tmp_path / "straight"))
+    run(tiny_training(folder, tmp_path / "resumed", num_steps=10))
+    resumed = run(tiny_training(folder, tmp_path / "resumed"))
+    assert resumed.step == 20
+    assert len(straight.history) == 20
+    assert_equal_states(straight, resumed)
+
+
+def test_three_gloo_ranks_resume_bit_for_bit():
+    """scripts/resume_exactly.py in processes of its own: what DDP's first backward does would show here."""
+    done = subprocess.run([sys.executable, "scripts/resume_exactly.py", "--ranks", "3"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bit for bit" in done.stdout
+
+
+def test_a_finished_run_does_nothing(folder, tmp_path):
+    config = tiny_training(folder, tmp_path, num_steps=10)
+    run(config)
+    before = (tmp_path / "checkpoints" / "step-00000010" / "checksums.json").stat().st_mtime_ns
+    assert run(config).step == 10
+    assert (tmp_path / "checkpoints" / "step-00000010" / "checksums.json").stat().st_mtime_ns == before
+
+
+# Behaviour
+
+
+@pytest.mark.parametrize("kind", ["mdt_v1", "dit"])
+def test_it_learns(folder, tmp_path, kind):
+    model = ModelConfig(kind=kind, patch_size=1, hidden_size=32, depth=3, num_heads=2, decode_layer=1)
+    optim = OptimConfig(lr=5e-3, clip_norm=1.0)
+    state = run(tiny_training(folder, tmp_path, num_steps=60, log_every_steps=20, model=model, optim=optim))
+    assert isinstance(state.model, MDT if kind == "mdt_v1" else DiT)
+    assert ("loss_masked" in state.history[0]) == (kind == "mdt_v1")
+    first, last = state.history[0], state.history[-1]
+    assert last["loss_full_mse"] < 0.85 * first["loss_full_mse"]
+    assert last["loss"] < first["loss"]
+
+
+def test_bf16_stays_near_float32(folder, tmp_path):
+    losses = [run(tiny_training(folder, tmp_path / p, precision=p, num_steps=10)).history[-1]["loss"] for p in ("fp32", "bf16")]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+# Non-finite steps
+
+
+def prepared(folder, output, **changes):
+    """State, module and batches of a run, to be trained by hand."""
+    config = tiny_training(folder, output, **changes)
+    manifest = latents.open_manifest(str(folder))
+    config = dataclasses.replace(config, model=resolve_model(config.model, manifest))
+    torch.manual_seed(0)
+    model = build_model(**config_io.to_dict(config.model))
+    state = TrainState(model=model, ema=copy.deepcopy(model), optimizer=build_optimizer(model, config.optim))
+    loader_config = LoaderConfig(batch_size=24, num_lanes=12, seed=0, num_classes=10, class_dropout_prob=0.1, num_tokens=16)
+    loader = Loader(str(folder), manifest, loader_config, 0, 1)
+    return config, state, TrainingStep(model, 0.3, None), loader
+
+
+def poisoned(batches, steps):
+    for batch in batches:
+        yield dataclasses.replace(batch, x_0=batch.x_0 * float("nan")) if batch.step in steps else batch
+
+
+def train(config, state, module, batches) -> list[dict]:
+    rows = []
+    loop.train(state, module, batches, config, device=torch.device("cpu"), report=rows.append, save=lambda state: None)
+    return rows
+
+
+def test_a_non_finite_step_is_skipped_and_counted(folder, tmp_path):
+    config, state, module, loader = prepared(folder, tmp_path, num_steps=3)
+    before = [p.clone() for p in state.model.parameters()]
+    rows = train(config, state, module, poisoned((loader.batch(s) for s in range(9)), {0}))
+    assert [row["skipped_steps"] for row in rows] == [1, 0, 0]
+    assert all(torch.isfinite(p).all() for p in state.model.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+    assert state.optimizer.state_dict()["state"][0]["step"].item() == 2
+
+
+def test_many_non_finite_steps_in_a_row_stop_the_run(folder, tmp_path):
+    config, state, module, loader = prepared(folder, tmp_path, num_steps=50)
+    with pytest.raises(loop.TrainingDiverged, match=r"no finite gradient in the last 20 steps, at step 22"):
+        train(config, state, module, poisoned((loader.batch(s) for s in range(99)), set(range(2, 99))))
+
+
+# Oracle
+
+
+def test_learning_rate_by_hand():
+    config = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine", schedule_steps=110, final_lr_share=0.1)
+    assert learning_rate(0, config) == pytest.approx(0.1)
+    assert learning_rate(9, config) == pytest.approx(1.0)
+    assert learning_rate(60, config) == pytest.approx(0.55)
+    assert learning_rate(110, config) == learning_rate(999, config) == pytest.approx(0.1)
+    assert learning_rate(5000, OptimConfig(lr=3e-4)) == 3e-4
+
+
+def test_ema_by_hand():
+    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.9 * a.weight + 0.1 * b.weight
+    update_ema(a, b, 0.9)
+    torch.testing.assert_close(a.weight, expected)
+    assert ema_decay(0, EmaConfig(decay=0.998, warmup=True)) == pytest.approx(2 / 11)
+    assert ema_decay(10_000, EmaConfig(decay=0.998, warmup=True)) == 0.998
+    assert ema_decay(0, EmaConfig(decay=0.9999)) == 0.9999
+
+
+def test_clipping_scales_to_the_norm():
+    model = torch.nn.Linear(3, 3)
+    model(torch.ones(1, 3)).sum().backward()
+    norm = clip_gradients(model, 0.5)
+    assert norm == pytest.approx(12**0.5)
+    assert clip_gradients(model, None) == pytest.approx(0.5, abs=1e-5)
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_opens_without_training_code(folder, tmp_path):
+    state = run(tiny_training(folder, tmp_path, num_steps=10))
+    uri = states.latest_checkpoint(str(tmp_path))
+    model = MDT.from_pretrained(f"{uri}/ema", low_cpu_mem_usage=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.ema.state_dict().values(), strict=True))
+    optimizer = torch.load(f"{uri}/optimizer.pt", weights_only=True)
+    assert len(optimizer["state"]) == len(list(state.model.parameters()))
+    assert storage.read_json(f"{uri}/state.json")["step"] == 10
+    assert states.damage(uri) is None
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(folder, tmp_path, caplog):
+    run(tiny_training(folder, tmp_path))
+    newest = tmp_path / "checkpoints" / "step-00000020"
+    weights = newest / "model" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert states.latest_checkpoint(str(tmp_path)).endswith("step-00000010")
+    assert "step-00000020 is damaged (model/diffusion_pytorch_model.safetensors does not have its checksum)" in caplog.text
+
+
+def test_old_checkpoints_are_pruned_and_leftovers_cleared(folder, tmp_path):
+    leftover = tmp_path / "checkpoints" / "step-00000005.tmp-123"
+    leftover.mkdir(parents=True)
+    run(tiny_training(folder, tmp_path, checkpoint_every_steps=4, keep_last=2, keep_every_steps=8))
+    names = [uri.rpartition("-")[2] for uri in states.list_checkpoints(str(tmp_path))]
+    assert names == ["00000000", "00000008", "00000016", "00000020"]
+    assert not leftover.exists()
+
+
+def test_missing_checkpoints_are_named(tmp_path):
+    with pytest.raises(ValueError, match="neither a checkpoint nor a training output"):
+        states.resolve_checkpoint(str(tmp_path))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"input_size": 8}, r"model.input_size = 8: the latents have 4"),
+    ({"in_channels": 3}, r"model.in_channels = 3: the latents have 4"),
+    ({"num_classes": 5}, r"model.num_classes = 5: the latents have 10"),
+    ({"patch_size": 3}, r"model.patch_size = 3: must divide the latent size 4"),
+])
+def test_a_model_that_does_not_fit_the_latents_is_refused(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_model(ModelConfig(**changes), latents.open_manifest(str(folder)))
