@@ -24,7 +24,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def suggestion(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known name, else the list of known names."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 

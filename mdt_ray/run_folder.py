@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import mdt_ray
 from mdt_ray import config_io, storage
 
+LOCK = "lock.json"
 LEASE_SECONDS = 30.0
 """A lock of another host counts as abandoned after this time without renewal."""
 
@@ -56,39 +58,55 @@ def check_identity(output: str, run: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def claim(output: str, run: dict[str, Any]) -> Iterator[None]:
-    """Hold `output` as its only writer, with `run` written to its run.json.
+def claim(output: str, run: dict[str, Any]) -> Iterator[str]:
+    """Hold `output` as its only writer, with `run` written to its run.json; yields a token for `holds`.
 
     Raises ValueError if the folder holds another identity or if another living process writes to it.
     """
     check_identity(output, run)
-    with _lock(output):
-        check_identity(output, run)
-        storage.write_json(storage.join(output, "run.json"), run)
-        yield
+    with _lock(output) as token:
+        record(output, run)
+        yield token
+
+
+def record(output: str, run: dict[str, Any]) -> None:
+    """Write run.json. For folders below one that is claimed already. Raises ValueError as check_identity."""
+    check_identity(output, run)
+    storage.write_json(storage.join(output, "run.json"), run)
+
+
+def holds(output: str, token: str) -> bool:
+    """Whether the claim that gave `token` still stands. A worker that outlives its killed driver asks before it writes,
+    and finds that another run has taken over."""
+    try:
+        return storage.read_json(storage.join(output, LOCK))["token"] == token
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
-def _lock(output: str) -> Iterator[None]:
+def _lock(output: str) -> Iterator[str]:
     """The lock file names host, pid and process start; a thread renews it while the owner lives."""
-    uri = storage.join(output, "lock.json")
+    uri = storage.join(output, LOCK)
     _refuse_living_owner(uri, output)
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()),
+             "token": uuid.uuid4().hex}
     storage.write_json(uri, owner | {"renewed": time.time()})
     done = threading.Event()
 
     def renew() -> None:
-        while not done.wait(LEASE_SECONDS / 3):
+        while not done.wait(LEASE_SECONDS / 3) and holds(output, owner["token"]):
             storage.write_json(uri, owner | {"renewed": time.time()})
 
     thread = threading.Thread(target=renew, daemon=True, name="lock-renewal")
     thread.start()
     try:
-        yield
+        yield owner["token"]
     finally:
         done.set()
         thread.join()
-        storage.remove(uri)
+        if holds(output, owner["token"]):
+            storage.remove(uri)
 
 
 def _refuse_living_owner(uri: str, output: str) -> None:

@@ -8,6 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+# With more threads than idle cores, torch's threads wait for each other and run many times slower.
+torch.set_num_threads(1)
+
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[1]
 

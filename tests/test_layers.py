@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "mdt_ray"
 BASE = {"config", "config_io", "presets", "storage", "run_folder"}
 MAY_IMPORT = {
-    **{name: BASE for name in BASE},
+    **dict.fromkeys(BASE, BASE),
     "models": BASE | {"models"},
     "diffusion": BASE | {"diffusion"},
     "data": BASE | {"data"},
@@ -64,7 +64,8 @@ def test_pipelines_are_thin():
         assert len(path.read_text().splitlines()) <= 50
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["quickstart", "--help"], ["evaluate", "digits", "--dry-run"]])
+@pytest.mark.parametrize("arguments", [
+    ["--help"], ["train", "--help"], ["quickstart", "--help"], ["evaluate", "digits", "--dry-run"]])
 def test_help_imports_no_heavy_library(arguments, tmp_path):
     code = ("import sys\nfrom mdt_ray.cli import main\n"
             f"try:\n    code = main({arguments!r})\nexcept SystemExit as stop:\n    code = stop.code\n"

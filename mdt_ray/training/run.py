@@ -57,7 +57,8 @@ def checkpoint_facts(config: TrainConfig, manifest: Manifest) -> dict:
 
 
 def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 0, world_size: int = 1,
-             device: torch.device | str = "cpu", report: Callable[[dict], None] = lambda row: None) -> TrainState:
+             device: torch.device | str = "cpu", report: Callable[[dict], None] = lambda row: None,
+             may_write: Callable[[], bool] = lambda: True) -> TrainState:
     """Train as one rank, from the newest checkpoint of config.output or from the start, to config.num_steps.
 
     Args:
@@ -65,7 +66,9 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
         run: content of run.json for the checkpoints.
         rank, world_size: of a torch.distributed group that exists already where world_size > 1.
         report: gets every row of metrics, on rank 0 only.
-    Raises ValueError for bad latents or checkpoints, TrainingDiverged if the loss stays non-finite.
+        may_write: asked before a checkpoint is written, on rank 0 only; False ends the run.
+    Raises ValueError for bad latents or checkpoints, TrainingDiverged if the loss stays non-finite, RuntimeError if
+    another run took over the output.
     """
     device = torch.device(device)
     torch.manual_seed(config.seed)  # the weights' initial values; every other draw has a generator of its own
@@ -86,6 +89,8 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
 
     def save(state: TrainState) -> None:
         if rank == 0:
+            if not may_write():
+                raise RuntimeError(f"{config.output} was taken over by another run; this one stops")
             states.save_checkpoint(state, config.output, run, facts)
             states.write_metrics(state.history, storage.join(config.output, METRICS))
             states.prune_checkpoints(config.output, config.keep_last, config.keep_every_steps)

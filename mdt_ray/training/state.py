@@ -86,13 +86,12 @@ def list_checkpoints(output: str) -> list[str]:
 
 def damage(uri: str) -> str | None:
     """What is wrong with a checkpoint on disk, by its checksums; None if nothing is."""
-    for name, expected in storage.read_json(storage.join(uri, CHECKSUMS)).items():
-        try:
-            found = storage.sha256(storage.read_bytes(storage.join(uri, *name.split("/"))))
-        except FileNotFoundError:
-            return f"{name} is missing"
-        if found != expected:
-            return f"{name} does not have its checksum"
+    try:
+        for name, expected in storage.read_json(storage.join(uri, CHECKSUMS)).items():
+            if storage.sha256(storage.read_bytes(storage.join(uri, *name.split("/")))) != expected:
+                return f"{name} does not have its checksum"
+    except FileNotFoundError as error:
+        return f"{error.filename or error} is missing"
     return None
 
 

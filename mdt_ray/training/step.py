@@ -29,15 +29,16 @@ class TrainingStep(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Per-sample losses (B,): full, and for MDT masked (each mse + vb), with their mse and vb parts detached."""
-        losses = self._losses("full", batch, batch.eps_full, batch.y_full, None)
-        if isinstance(self.model, MDT):
-            mask = Mask.from_noise(batch.mask_noise, self.mask_ratio)
-            losses |= self._losses("masked", batch, batch.eps_masked, batch.y_masked, mask)
+        # One autocast region for both passes: weights are cast once.
+        with torch.autocast(batch.x_0.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            losses = self._losses("full", batch, batch.eps_full, batch.y_full, None)
+            if isinstance(self.model, MDT):
+                mask = Mask.from_noise(batch.mask_noise, self.mask_ratio)
+                losses |= self._losses("masked", batch, batch.eps_masked, batch.y_masked, mask)
         return losses
 
     def _losses(self, name: str, batch: Batch, eps: torch.Tensor, y: torch.Tensor, mask: Mask | None) -> dict:
         x_t = q_sample(batch.x_0, batch.t, eps)  # (B, C, h, w)
-        with torch.autocast(x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            output = self.model(x_t, batch.t, y, mask=mask)  # (B, 2C, h, w)
+        output = self.model(x_t, batch.t, y, mask=mask)  # (B, 2C, h, w)
         losses = training_losses(output, batch.x_0, x_t, eps, batch.t)
         return {name: losses["loss"], f"{name}_mse": losses["mse"].detach(), f"{name}_vb": losses["vb"].detach()}

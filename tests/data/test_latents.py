@@ -1,5 +1,7 @@
 """Latents on disk and the batches read from them."""
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -148,7 +150,7 @@ def test_missing_and_truncated_files_are_named(folder):
     with pytest.raises(ValueError, match=r"chunk-00001.parquet: missing"):
         latents.open_manifest(str(folder))
     (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="no manifest.json"):
+    with pytest.raises(ValueError, match=r"no manifest.json"):
         latents.open_manifest(str(folder))
 
 
@@ -156,10 +158,8 @@ def test_a_file_damaged_while_training_is_named(folder):
     reader = loader(folder)
     path = folder / "chunk-00001.parquet"
     path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(ValueError, match=r"chunk-00001.parquet: row group \d is not readable"):
-        with reader:
-            for _, batch in zip(range(20), reader.batches(0), strict=False):
-                assert batch is not None
+    with reader, pytest.raises(ValueError, match=r"chunk-00001.parquet: row group \d is not readable"):
+        list(itertools.islice(reader.batches(0), 20))
 
 
 def test_missing_mirror_images_are_an_error(folder, tmp_path):

@@ -101,7 +101,8 @@ def test_it_learns(folder, tmp_path, kind):
 
 
 def test_bf16_stays_near_float32(folder, tmp_path):
-    losses = [run(tiny_training(folder, tmp_path / p, precision=p, num_steps=10)).history[-1]["loss"] for p in ("fp32", "bf16")]
+    losses = [run(tiny_training(folder, tmp_path / p, precision=p, num_steps=10)).history[-1]["loss"]
+              for p in ("fp32", "bf16")]
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
@@ -211,6 +212,12 @@ def test_old_checkpoints_are_pruned_and_leftovers_cleared(folder, tmp_path):
     names = [uri.rpartition("-")[2] for uri in states.list_checkpoints(str(tmp_path))]
     assert names == ["00000000", "00000008", "00000016", "00000020"]
     assert not leftover.exists()
+
+
+def test_a_run_that_lost_its_folder_stops_before_it_writes(folder, tmp_path):
+    with pytest.raises(RuntimeError, match="taken over by another run"):
+        run(tiny_training(folder, tmp_path), may_write=lambda: False)
+    assert states.list_checkpoints(str(tmp_path)) == []
 
 
 def test_missing_checkpoints_are_named(tmp_path):
