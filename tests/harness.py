@@ -1,0 +1,69 @@
+"""Kill a chosen process of a real run at a chosen moment, run the same command again, and compare what is left.
+
+Runs are command lines in processes of their own on the session's Ray; nothing is mocked.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+
+def run(arguments: list[str], environment: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess:
+    """`mdt-ray <arguments>` to its end; raises AssertionError with its output unless it exits with 0."""
+    done = subprocess.run([sys.executable, "-m", "mdt_ray.cli", *arguments], env=environment, capture_output=True, text=True,
+                          timeout=timeout)
+    assert done.returncode == 0, f"mdt-ray {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done
+
+
+def run_and_kill(arguments: list[str], environment: dict[str, str], when: Callable[[], bool],
+                 victim: str = "driver", timeout: float = 120) -> int:
+    """Start `mdt-ray <arguments>`, SIGKILL the victim as soon as `when()` holds, and return the run's exit code.
+
+    victim: `driver`, or a part of the command line of one of Ray's processes, such as `MapWorker`.
+    Raises AssertionError if the run ends, or time runs out, before the moment comes.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", *arguments], env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    end = time.monotonic() + timeout
+    try:
+        while not when():
+            assert process.poll() is None, f"the run ended before it could be killed:\n{process.stdout.read()}"
+            assert time.monotonic() < end, "the moment to kill did not come"
+            time.sleep(0.02)
+        if victim == "driver":
+            process.kill()
+        else:
+            os.kill(ray_process(victim), signal.SIGKILL)
+        process.communicate(timeout=timeout)
+        return process.returncode
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ray_process(part: str) -> int:
+    """Process id of one of Ray's workers whose title holds `part`."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith("ray::") and part in title:
+            found.append(process.info["pid"])
+    assert found, f"no process of Ray is called {part!r}"
+    return found[0]
+
+
+def files(folder: Path, pattern: str) -> dict[str, bytes]:
+    """Content of the files that match, by path below `folder`."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob(pattern)) if path.is_file()}
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files and locks that nobody should find after a run."""
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if ".tmp-" in p.name or p.name == "lock.json"]

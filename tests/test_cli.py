@@ -1,0 +1,95 @@
+"""The command line: exit codes, messages with remedies, previews."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mdt_ray import cli
+from tests.conftest import ROOT
+from tests.helpers import make_latents
+
+
+def run(*arguments: str, capsys) -> tuple[int, str, str]:
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as stop:  # tyro's own errors
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["trian"], "unknown job 'trian'; did you mean 'train'"),
+    (["train", "digts"], "unknown preset 'digts'; did you mean 'digits'"),
+    (["train", "digits", "--optim.lrr", "1"], "Perhaps you meant"),
+    (["train", "digits", "--loss.mask-ratio", "1.0"], "loss.mask_ratio = 1.0: must be in [0, 1)"),
+    (["train", "digits", "--model.patch-size", "3"], "model.patch_size = 3: must divide the latent size 4"),
+    (["train", "--config", "none.toml"], "no such file"),
+    (["train", "--config"], "--config: needs a file"),
+])
+def test_a_wrong_command_line_ends_with_2(arguments, message, capsys):
+    code, _, error = run(*arguments, capsys=capsys)
+    assert code == 2
+    assert message in " ".join(error.split())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["train", "--output", "{tmp}/out"], "--latents: not given"),
+    (["train", "--latents", "{tmp}/none", "--output", "{tmp}/out"], "no manifest.json, so no finished latents"),
+    (["train", "--latents", "{tmp}/latents", "--output", "{tmp}/out", "--model.num-classes", "3"],
+     "model.num_classes = 3: the latents have 10"),
+    (["precompute", "--source", "{tmp}/none", "--output", "{tmp}/out"], "no such file or folder"),
+    (["precompute", "--source", "{tmp}/latents", "--output", "{tmp}/out"], "has no column 'image'"),
+    (["evaluate", "digits", "--checkpoint", "{tmp}/none", "--output", "{tmp}/out"], "neither a checkpoint nor a training"),
+    (["tune", "digits", "--output", "{tmp}/out", "--train.latents", "{tmp}/latents", "--space", "mask_ratio"],
+     "no such search space; did you mean 'mask_ratio_decoder_depth'"),
+])
+def test_a_failed_job_ends_with_1_and_one_message(arguments, message, tmp_path, capsys):
+    make_latents(tmp_path / "latents")
+    code, _, error = run(*(a.format(tmp=tmp_path) for a in arguments), capsys=capsys)
+    assert code == 1
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists(), "nothing is written before the settings are found good"
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="no manifest"):
+        cli.main(["train", "--latents", str(tmp_path), "--output", str(tmp_path / "out"), "--debug"])
+
+
+def test_an_output_with_another_identity_is_refused(tmp_path, capsys):
+    make_latents(tmp_path / "latents")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps({"job": "train", "name": "x", "identity": {"seed": 7}}))
+    code, _, error = run("train", "--latents", f"{tmp_path}/latents", "--output", f"{tmp_path}/out", capsys=capsys)
+    assert code == 1
+    assert "holds another run" in error
+    assert "seed: 7 -> 0" in error
+
+
+def test_dry_run_prints_the_settings_and_writes_nothing(tmp_path, capsys):
+    code, out, _ = run("train", "digits", "--optim.lr", "0.5", "--output", f"{tmp_path}/out", "--dry-run", capsys=capsys)
+    assert code == 0
+    settings, _, last = out.rpartition("}\n")
+    assert json.loads(settings + "}")["optim"]["lr"] == 0.5
+    assert "starts from nothing" in last
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_win_over_file_over_preset(tmp_path, capsys):
+    (tmp_path / "run.toml").write_text("seed = 5\nbatch_size = 32\nnum_lanes = 8\n")
+    _, out, _ = run("train", "--config", f"{tmp_path}/run.toml", "--seed", "6", "--output", "x", "--dry-run", capsys=capsys)
+    settings = json.loads(out.rpartition("}\n")[0] + "}")
+    assert (settings["seed"], settings["batch_size"]) == (6, 32)
+
+
+def test_entry_points_run_from_a_working_directory_that_is_not_installed(tmp_path):
+    """As `ray job submit --working-dir` runs them."""
+    for name in ("precompute", "train", "evaluate", "tune", "all"):
+        done = subprocess.run([sys.executable, str(ROOT / "pipelines" / f"{name}.py"), "digits", "--dry-run"], cwd=tmp_path,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "starts from nothing" in done.stdout
