@@ -1,0 +1,36 @@
+"""What a feature extractor is: the shape of its answer and the protocol it follows.
+
+Not an extractor itself: Inception-v3 and the small ones live in files of their own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Features(NamedTuple):
+    """Features of one batch of images, float32; any field may lie on any device.
+
+    pool: (B, D) vectors for FID, precision and recall (Inception's `pool_3`, D = 2048).
+    spatial: (B, S) flattened spatial map for sFID (17 * 17 * 7 = 2023 for Inception, in height-width-channel order).
+    logits: (B, num_classes), whose softmax is scored by IS (Inception: without bias, 1008 classes).
+    """
+
+    pool: torch.Tensor  # (B, D)
+    spatial: torch.Tensor  # (B, S)
+    logits: torch.Tensor  # (B, num_classes)
+
+
+class Extractor(Protocol):
+    """A callable from images to `Features`; any object with these two members will do.
+
+    `name` goes into the metrics' names, so that `fid_digits` is never mistaken for FID.
+    """
+
+    name: str
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        """Features of `images`, uint8 (B, 3, H, W) in 0..255; image i's do not depend on the rest of the batch."""
+        ...

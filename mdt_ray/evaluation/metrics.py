@@ -1,0 +1,223 @@
+"""FID's distance, Inception Score, precision and recall: arrays in, floats out, equal to ADM's evaluator.
+
+Not a feature extractor and not a runner: features come from an `Extractor`, means and covariances from `statistics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import scipy.linalg
+import scipy.special
+
+from mdt_ray.evaluation.statistics import finite_matrix
+
+# Rounding leaves a covariance's zero eigenvalues slightly negative, float32 sums by up to about 1e-5 of the largest;
+# below this share of it the matrix is no covariance.
+_NEGATIVE_TOLERANCE = 1e-3
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+    """Squared Frechet distance of two Gaussians, the FID when they are fitted to features (Heusel et al. 2017).
+
+        |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2))
+
+    mu1, mu2: (D,); sigma1, sigma2: (D, D) symmetric, singular allowed (fewer samples than D). Float64 inside. The
+    last trace is the sum of square roots of the eigenvalues of L^T sigma2 L with sigma1 = L L^T, which are those of
+    sigma1 sigma2 but of a symmetric matrix: real, fast, and no `sqrtm`. Never negative. Expect eight
+    digits or more, five where the eigenvalues span more than float64 does (eps in one becomes 1e-8 in its root).
+
+    Raises ValueError on shapes that do not fit, values that are not finite, a sigma that is no covariance.
+    """
+    mu1, sigma1 = _gaussian("mu1", mu1, "sigma1", sigma1)
+    mu2, sigma2 = _gaussian("mu2", mu2, "sigma2", sigma2)
+    if mu1.shape != mu2.shape:
+        raise ValueError(f"mu2: got width {mu2.size}, but it must be that of mu1, {mu1.size}; use one extractor")
+    factor, other_field, other = _factor_one(sigma1, sigma2)  # (D, R), (D, D)
+    product = factor.T @ other @ factor  # (R, R)
+    eigenvalues = scipy.linalg.eigvalsh((product + product.T) / 2, check_finite=False)  # (R,)
+    trace_of_root = np.sqrt(_clip_negative(other_field, eigenvalues)).sum()
+    difference = mu1 - mu2
+    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
+    return max(float(distance), 0.0)  # a distance: less than 0 is rounding
+
+
+def inception_score(probs, split_size: int = 5000) -> float:
+    """Inception Score: mean over splits of exp(mean_i KL(p_i || mean of the split's p)) (Salimans et al. 2016).
+
+    probs: (N, num_classes), each row a softmax, **in order of sample index**: splits are consecutive runs of
+    `split_size` rows, so rows sorted by class or by arrival give another score. A shorter last split counts like the
+    others (ADM's evaluator). Between 1 and num_classes.
+
+    Raises ValueError on no rows, rows that are not probabilities, split_size < 1.
+    """
+    probs = finite_matrix("probs", probs)
+    _at_least("split_size", split_size, 1)
+    if len(probs) == 0:
+        raise ValueError("probs: got 0 rows, but a score needs at least 1; sample some images first")
+    scores = []
+    for start in range(0, len(probs), split_size):
+        part = probs[start : start + split_size].astype(np.float64)  # (n, C)
+        # The slack is float16's rounding over a thousand classes; logits miss by far more.
+        bad = (part < 0).any(axis=1) | (np.abs(part.sum(axis=1) - 1) > 1e-2)  # (n,)
+        if bad.any():
+            row = int(bad.argmax())
+            raise ValueError(
+                f"probs: row {start + row} has minimum {part[row].min():.4g} and sum {part[row].sum():.4g}, but a row "
+                "must be >= 0 and sum to 1; pass softmax outputs, not logits"
+            )
+        divergence = scipy.special.rel_entr(part, part.mean(axis=0)).sum(axis=1)  # (n,), 0 log 0 = 0
+        scores.append(np.exp(divergence.mean()))
+    return float(np.mean(scores))
+
+
+def precision_recall(ref, samples, k: int = 3, *, block_size: int = 2048) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) as ADM's evaluator counts them.
+
+    ref: (N, D), samples: (M, D), features of any real dtype. Every point has a ball that reaches to its k-th neighbour
+    in its own set, the point itself being the 0th. Precision: share of samples inside (<=) at least one reference
+    ball. Recall: share of references inside at least one sample ball. Both in 0..1.
+
+    Squared distances are rounded to float32 after sums in float64, and copies of a point are at exactly 0: rounding of
+    the sums is then invisible, and the result does not depend on `block_size` (rows per block), which only sets the
+    memory beyond the inputs, about 8 * (2 * D + 4 * block_size) * block_size bytes. Exact where ADM's own float16
+    distances are not: they move the result by about 0.001.
+
+    Raises ValueError on widths that differ, k or fewer points in a set, k or block_size < 1, values not finite.
+    """
+    ref, samples = finite_matrix("ref", ref), finite_matrix("samples", samples)
+    _at_least("k", k, 1)
+    _at_least("block_size", block_size, 1)
+    if ref.shape[1] != samples.shape[1]:
+        raise ValueError(
+            f"samples: got width {samples.shape[1]}, but it must be that of ref, {ref.shape[1]}; use one extractor"
+        )
+    for field, value in (("ref", ref), ("samples", samples)):
+        if len(value) <= k:
+            raise ValueError(f"{field}: got {len(value)} rows, but k = {k} needs at least {k + 1}; add images")
+    # A power of two is exact in any sum and keeps squares of huge or tiny features inside float32.
+    exponent = -int(np.frexp(max(_largest(ref), _largest(samples)))[1])
+    radii_ref = _radii(ref, k, block_size, exponent)  # (N,)
+    radii_samples = _radii(samples, k, block_size, exponent)  # (M,)
+    ref_covered = np.zeros(len(ref), dtype=bool)
+    samples_covered = np.zeros(len(samples), dtype=bool)
+    for rows in _blocks(len(ref), block_size):
+        for columns in _blocks(len(samples), block_size):
+            distances = _squared_distances(ref[rows], samples[columns], exponent)  # (n, m)
+            samples_covered[columns] |= (distances <= radii_ref[rows, None]).any(axis=0)
+            ref_covered[rows] |= (distances <= radii_samples[columns]).any(axis=1)
+    return float(samples_covered.mean()), float(ref_covered.mean())
+
+
+def _radii(points: np.ndarray, k: int, block_size: int, exponent: int) -> np.ndarray:
+    """Squared distance of every point to its k-th neighbour, itself the 0th; (N, D) -> (N,) float32."""
+    nearest = np.full((len(points), k + 1), np.inf, dtype=np.float32)  # (N, k + 1), the smallest so far
+    for rows in _blocks(len(points), block_size):
+        for columns in _blocks(len(points), block_size):
+            if columns.start < rows.start:
+                continue  # distances are symmetric: that block was seen transposed
+            distances = _squared_distances(points[rows], points[columns], exponent)  # (n, m)
+            nearest[rows] = _keep_smallest(nearest[rows], distances)
+            if columns.start > rows.start:
+                nearest[columns] = _keep_smallest(nearest[columns], distances.T)
+    return nearest.max(axis=1)
+
+
+def _keep_smallest(nearest: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """The smallest of both in each row, unsorted; (n, j) and (n, m) -> (n, j)."""
+    count = nearest.shape[1]
+    return np.partition(np.concatenate([nearest, distances], axis=1), count - 1, axis=1)[:, :count]
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray, exponent: int) -> np.ndarray:
+    """|a_i - b_j|^2 * 4^exponent by |a|^2 + |b|^2 - 2ab; (n, D) and (m, D) -> (n, m) float32."""
+    a = np.ldexp(a.astype(np.float64), exponent)  # (n, D)
+    b = np.ldexp(b.astype(np.float64), exponent)  # (m, D)
+    norms = np.einsum("nd,nd->n", a, a)[:, None] + np.einsum("md,md->m", b, b)  # (n, m)
+    distances = a @ b.T  # (n, m)
+    distances *= -2
+    distances += norms
+    # Copies of a point must be at 0 and not at what rounding left: four copies have radius 0, and noise would decide
+    # who is inside. The bound is the sum's worst rounding, closer than float32 features usually tell apart.
+    norms *= a.shape[1] * np.finfo(np.float64).eps
+    distances[distances <= norms] = 0
+    return distances.astype(np.float32)
+
+
+def _blocks(count: int, block_size: int) -> Iterator[slice]:
+    """Slices that cover range(count) in runs of `block_size`."""
+    return (slice(start, min(start + block_size, count)) for start in range(0, count, block_size))
+
+
+def _largest(array: np.ndarray) -> float:
+    """Largest absolute value, without a copy of the array (and without int's overflow of abs(min))."""
+    return max(-float(array.min()), float(array.max()))
+
+
+def _at_least(field: str, value: int, minimum: int) -> None:
+    """ValueError unless `value` is an integer >= minimum."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{field}: got {value!r}, but it must be an integer >= {minimum}; pass one, or the default")
+
+
+def _gaussian(mu_field: str, mu, sigma_field: str, sigma) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and symmetric covariance (D, D) in float64, or ValueError naming the field at fault."""
+    mu = np.asarray(mu)
+    if mu.ndim != 1:
+        raise ValueError(f"{mu_field}: got shape {mu.shape}, but it must be (D,); pass FeatureStatistics.mean")
+    mu = finite_matrix(mu_field, mu[None])[0].astype(np.float64)  # (D,)
+    sigma = finite_matrix(sigma_field, sigma).astype(np.float64)  # (D, D)
+    if sigma.shape != (mu.size, mu.size):
+        raise ValueError(
+            f"{sigma_field}: got shape {sigma.shape}, but it must be ({mu.size}, {mu.size}) to fit {mu_field}; "
+            "take both from the same FeatureStatistics"
+        )
+    asymmetry = float(np.abs(sigma - sigma.T).max())
+    if asymmetry > 1e-5 * float(np.abs(sigma).max()):
+        raise ValueError(
+            f"{sigma_field}: differs from its transpose by {asymmetry:.4g}, but a covariance is symmetric; "
+            "pass FeatureStatistics.covariance"
+        )
+    return mu, sigma
+
+
+def _factor_one(sigma1: np.ndarray, sigma2: np.ndarray) -> tuple[np.ndarray, str, np.ndarray]:
+    """L (D, R) with L L^T one of the two covariances, then the other one's name and value.
+
+    Cholesky of sigma1 (R = D), unless one is singular: then V sqrt(w) of that one without its zero eigenvalues, for
+    each of them would bring rounding of the size of sqrt(eps) into the trace.
+    """
+    lower = _cholesky(sigma1)
+    if lower is None:
+        return _thin_root("sigma1", sigma1), "sigma2", sigma2
+    if _cholesky(sigma2) is None:
+        return _thin_root("sigma2", sigma2), "sigma1", sigma1
+    return lower, "sigma2", sigma2
+
+
+def _cholesky(sigma: np.ndarray) -> np.ndarray | None:
+    """Lower triangular L with L L^T = sigma, or None where sigma is singular."""
+    try:
+        return scipy.linalg.cholesky(sigma, lower=True, check_finite=False)
+    except scipy.linalg.LinAlgError:
+        return None
+
+
+def _thin_root(field: str, sigma: np.ndarray) -> np.ndarray:
+    """(D, R), V sqrt(w) over the R eigenvalues above rounding (numpy's matrix_rank rule, eps * D * largest)."""
+    eigenvalues, eigenvectors = scipy.linalg.eigh(sigma, check_finite=False)
+    eigenvalues = _clip_negative(field, eigenvalues)
+    keep = eigenvalues >= len(sigma) * np.finfo(np.float64).eps * eigenvalues[-1]
+    return eigenvectors[:, keep] * np.sqrt(eigenvalues[keep])
+
+
+def _clip_negative(field: str, eigenvalues: np.ndarray) -> np.ndarray:
+    """Eigenvalues with rounding's negative ones at 0; ValueError where they are too negative to be rounding."""
+    smallest, largest = float(eigenvalues.min()), float(np.abs(eigenvalues).max())
+    if smallest < -_NEGATIVE_TOLERANCE * largest:
+        raise ValueError(
+            f"{field}: has a negative eigenvalue ({smallest:.4g}, the largest is {largest:.4g}), but a covariance has "
+            "none; pass FeatureStatistics.covariance"
+        )
+    return np.maximum(eigenvalues, 0)

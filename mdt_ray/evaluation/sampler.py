@@ -1,0 +1,72 @@
+"""Images from a checkpoint: image i is a pure function of (checkpoint, sampling config, seed + i).
+
+B batch, C latent channels, h x w latent, H x W image.
+"""
+
+import tempfile
+
+import torch
+
+from mdt_ray import storage
+from mdt_ray.config import SamplingConfig, VaeConfig
+from mdt_ray.data.vae import load_vae
+from mdt_ray.diffusion.guidance import guided
+from mdt_ray.diffusion.sampling import sample
+from mdt_ray.models import MDT, DiT
+
+MODEL_CLASSES = {"MDT": MDT, "DiT": DiT}
+
+
+def load_model(checkpoint: str, weights: str) -> MDT | DiT:
+    """The `ema` or raw `model` weights of a checkpoint folder (URI), in evaluation mode."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = storage.fetch_folder(storage.join(checkpoint, weights), parent)
+        name = storage.read_json(str(folder / "config.json"))["_class_name"]
+        return MODEL_CLASSES[name].from_pretrained(folder, low_cpu_mem_usage=False).eval().requires_grad_(False)
+
+
+def labels_of(first: int, stop: int, num_classes: int, kind: str, seed: int) -> torch.Tensor:
+    """Labels of images first..stop, (n,) int64: `random` draws each from its own seed, `balanced`
+    takes the classes in turn. Label i depends on seed + i only."""
+    if kind == "balanced":
+        return torch.arange(seed + first, seed + stop) % num_classes
+    draws = [torch.randint(num_classes, (), generator=_generator(seed + i, "label")) for i in range(first, stop)]
+    return torch.stack(draws)
+
+
+def _generator(seed: int, stream: str) -> torch.Generator:
+    """One image's generator; labels and noise have streams of their own, so that neither shifts the other."""
+    return torch.Generator().manual_seed(2 * seed + (stream == "label"))
+
+
+class Sampler:
+    """Draws images from one checkpoint. Loading is done once, in the constructor."""
+
+    def __init__(self, checkpoint: str, config: SamplingConfig, device: str | torch.device = "cpu",
+                 autocast_dtype: torch.dtype | None = None):
+        facts = storage.read_json(storage.join(checkpoint, "state.json"))
+        self.config, self.device, self.autocast_dtype = config, torch.device(device), autocast_dtype
+        self.num_classes, self.latent_shape = facts["num_classes"], tuple(facts["latent_shape"])
+        self.model = load_model(checkpoint, config.weights).to(self.device)
+        self.vae = load_vae(VaeConfig(path=facts["vae"]["path"], revision=facts["vae"]["revision"]), device)
+        if self.vae.weights_hash != facts["vae"]["weights_hash"]:
+            raise ValueError(f"vae {facts['vae']['path']!r}: not the weights that the latents were made with; "
+                             "fix its revision, or bring back the folder as it was")
+        if config.cfg_scale != 1 and not self.model.config.class_dropout_prob:
+            raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model was trained without label dropout, so it "
+                             "has no null label to be guided by; use cfg_scale 1")
+
+    def draw(self, first: int, labels: torch.Tensor, seed: int) -> torch.Tensor:
+        """Images first, first + 1, ... with the given labels (B,): (B, 3, H, W) uint8."""
+        generators = [_generator(seed + first + i, "noise") for i in range(len(labels))]
+        noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators])  # (B, C, h, w)
+        config, denoiser = self.config, self._denoise
+        if config.cfg_scale != 1:
+            denoiser = guided(denoiser, self.num_classes, config.cfg_scale, config.cfg_power, config.cfg_channels)
+        latents = sample(denoiser, noise.to(self.device), labels.to(self.device), config.sampler,
+                         config.num_sampling_steps, generators)
+        return self.vae.decode(latents, config.round_pixels).cpu()
+
+    def _denoise(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.model(x, t, y)

@@ -1,0 +1,157 @@
+"""Samples are pure functions of (checkpoint, sampling config, seed + i); chunks of them become metrics."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from mdt_ray import storage
+from mdt_ray.config import EvaluateConfig, OptimConfig, SamplingConfig, VaeConfig
+from mdt_ray.data import images
+from mdt_ray.data.vae import load_vae
+from mdt_ray.evaluation import chunks
+from mdt_ray.evaluation.digits import load_digits_features
+from mdt_ray.evaluation.sampler import Sampler, labels_of
+from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
+from mdt_ray.models import MDT
+from mdt_ray.training import state as states
+from mdt_ray.training.optim import build_optimizer
+
+SAMPLING = SamplingConfig(sampler="dpm-solver++", num_sampling_steps=5, cfg_scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    """A whole checkpoint of a small model with random weights, for the digits' VAE."""
+    torch.manual_seed(0)
+    model = MDT(input_size=4, patch_size=1, hidden_size=32, depth=3, num_heads=2, num_classes=10, decode_layer=1)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    vae = load_vae(VaeConfig(path="digits"))
+    facts = {"vae": {"path": "digits", "revision": None, "scale": vae.scale, "shift": vae.shift,
+                     "weights_hash": vae.weights_hash},
+             "image_size": 32, "latent_shape": [4, 4, 4], "class_names": [str(c) for c in range(10)], "num_classes": 10}
+    state = states.TrainState(model=model, ema=model, optimizer=build_optimizer(model, OptimConfig()))
+    return states.save_checkpoint(state, str(tmp_path_factory.mktemp("checkpoint")), {}, facts)
+
+
+def evaluation(checkpoint: str, output, **changes) -> EvaluateConfig:
+    base = EvaluateConfig(checkpoint=checkpoint, output=str(output), reference="digits", sampling=SAMPLING, num_samples=60,
+                          chunk_size=20, sample_batch_size=7, labels="random", keep_images=60)
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver++"])
+def test_an_image_does_not_depend_on_its_batch(checkpoint, sampler):
+    drawer = Sampler(checkpoint, dataclasses.replace(SAMPLING, sampler=sampler))
+    labels = labels_of(0, 8, 10, "random", seed=5)
+    together = drawer.draw(0, labels, seed=5).int()
+    assert together.float().std() > 1, "the samples must differ for this to mean anything"
+    for size in (1, 3):
+        parts = [drawer.draw(first, labels[first:first + size], seed=5) for first in range(0, 8, size)]
+        assert (torch.cat(parts).int() - together).abs().max() <= 1
+
+
+def test_seed_plus_index_names_the_image(checkpoint):
+    drawer = Sampler(checkpoint, SAMPLING)
+    labels = torch.zeros(2, dtype=torch.long)
+    a, b = drawer.draw(3, labels, seed=10), drawer.draw(0, labels, seed=13)
+    assert (a.int() - b.int()).abs().max() <= 1
+    assert not torch.equal(a, drawer.draw(0, labels, seed=0))
+    for kind in ("random", "balanced"):
+        assert torch.equal(labels_of(3, 9, 10, kind, seed=10), labels_of(0, 6, 10, kind, seed=13))
+
+
+def test_labels():
+    assert torch.bincount(labels_of(0, 1000, 10, "balanced", 0)).tolist() == [100] * 10
+    random = labels_of(0, 5000, 10, "random", 0)
+    assert torch.bincount(random, minlength=10).min() > 400
+    assert torch.equal(random[40:50], labels_of(40, 50, 10, "random", 0))
+
+
+def test_decoding_truncates_or_rounds():
+    vae = load_vae(VaeConfig(path="digits"))
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    truncated, rounded = (vae.decode(latents, round_pixels=r).int() for r in (False, True))
+    assert set((rounded - truncated).unique().tolist()) == {0, 1}
+
+
+def test_metrics_do_not_depend_on_the_chunk_plan(checkpoint, tmp_path):
+    results = [evaluate_many([evaluation(checkpoint, tmp_path / str(size), chunk_size=size)], pool=False)[0]["metrics"]
+               for size in (20, 33)]
+    assert set(results[0]) == {f"{m}_digits" for m in ("fid", "sfid", "is", "precision", "recall", "label_accuracy")}
+    for name, value in results[0].items():
+        assert results[1][name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_a_finished_evaluation_is_read_and_a_missing_chunk_made_again(checkpoint, tmp_path):
+    config = evaluation(checkpoint, tmp_path)
+    first = evaluate_many([config], pool=False)[0]
+    uris = list(plan(config).sample_uris())
+    before = [storage.read_bytes(uri) for uri in uris]
+    storage.remove(storage.join(str(tmp_path), "metrics.json"))
+    storage.remove(uris[1])
+    again = evaluate_many([config], pool=False)[0]
+    assert [storage.read_bytes(uri) for uri in uris] == before
+    assert again["metrics"] == first["metrics"]
+    assert evaluate(config) == again  # without Ray: nothing is left to do
+
+
+def test_real_images_score_as_themselves():
+    extractor = load_digits_features()
+    file = images.list_source("digits")[0]
+    real = chunks.reference_chunk(extractor, file, 0, 600, 32, 10)
+    assert real["images"].shape == (10, 32, 32, 3)
+    measured = chunks.Measured(**{k: v for k, v in real.items() if k != "images"})
+    metrics = chunks.compute_metrics(measured, measured, "digits")
+    assert metrics["fid_digits"] == pytest.approx(0, abs=1e-6)
+    assert metrics["precision_digits"] == metrics["recall_digits"] == 1
+    assert metrics["label_accuracy_digits"] > 0.98
+    assert 6 < metrics["is_digits"] <= 10
+
+
+def test_metrics_json_says_what_identifies_the_numbers(checkpoint, tmp_path):
+    evaluate_many([evaluation(checkpoint, tmp_path)], pool=False)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["sampling"]["sampler"] == "dpm-solver++"
+    assert found["checkpoint"]["hash"]
+    assert (found["num_samples"], found["seed"], found["labels"], found["extractor"]) == (60, 0, "random", "digits")
+    assert found["reference"]["num_images"] == 1797
+    assert found["versions"]["torch"]
+
+
+# Bad input
+
+
+def test_another_checkpoint_in_the_same_output_is_refused(checkpoint, tmp_path):
+    evaluate_many([evaluation(checkpoint, tmp_path)], pool=False)
+    with pytest.raises(ValueError, match=r"holds another run(.|\n)*sampling.cfg_scale: 3.0 -> 1.0"):
+        evaluate_many([evaluation(checkpoint, tmp_path, sampling=dataclasses.replace(SAMPLING, cfg_scale=1.0))], pool=False)
+
+
+def test_a_changed_vae_is_refused(checkpoint, tmp_path):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, copy)
+    facts = json.loads((copy / "state.json").read_text())
+    facts["vae"]["weights_hash"] = "other"
+    (copy / "state.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="not the weights that the latents were made with"):
+        Sampler(str(copy), SAMPLING)
+
+
+def test_an_extractor_refuses_images_of_another_size():
+    with pytest.raises(ValueError, match="reads 32x32 images, but these are 256x256"):
+        chunks.check_extractor("digits", 256)
+
+
+def test_kept_images_come_in_index_order(checkpoint, tmp_path):
+    config = evaluation(checkpoint, tmp_path, keep_images=30)
+    evaluate_many([config], pool=False)
+    uris = list(plan(config).sample_uris())
+    pictures, labels = chunks.kept_images(uris, 25)
+    assert pictures.shape == (25, 32, 32, 3)
+    assert np.array_equal(labels, labels_of(0, 25, 10, "random", 0).numpy())
+    assert len(chunks.kept_images(uris, 99)[0]) == 30
