@@ -41,12 +41,12 @@ def digits() -> QuickstartConfig:
         workers=WorkersConfig(num_workers=2))
     trial = TrainConfig(
         latents=latents, model=training.model, loss=training.loss, ema=EmaConfig(decay=0.99, warmup=True),
-        optim=OptimConfig(lr=2e-3, warmup_steps=25, schedule="cosine", schedule_steps=250, clip_norm=1.0),
-        batch_size=96, num_lanes=16, num_steps=250, log_every_steps=25, checkpoint_every_steps=125, keep_last=1)
+        optim=OptimConfig(lr=4e-3, warmup_steps=25, schedule="cosine", schedule_steps=150, clip_norm=1.0),
+        batch_size=96, num_lanes=16, num_steps=150, log_every_steps=25, checkpoint_every_steps=75, keep_last=1)
     sweep = TuneConfig(
         output="runs/digits/tune", train=trial, max_concurrent_trials=2,
         evaluate=EvaluateConfig(
-            reference=real, num_samples=500, chunk_size=250, keep_images=0, labels="balanced",
+            reference=real, num_samples=300, chunk_size=300, keep_images=0, labels="balanced",
             sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=15)))
     return QuickstartConfig(output="runs/digits", precompute=precompute, train=training, tune=sweep, evaluate=evaluation)
 

@@ -44,6 +44,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(uri: str) -> int:
+    """The step in a checkpoint's name."""
+    return int(uri.rpartition("step-")[2].partition("?")[0])
+
+
 def save_checkpoint(state: TrainState, output: str, run: dict, facts: dict) -> str:
     """Write a checkpoint whole; returns its URI.
 
@@ -130,8 +135,7 @@ def restore(state: TrainState, uri: str) -> None:
 def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int) -> None:
     """Delete all but the newest `keep_last` checkpoints and those at a multiple of `keep_every_steps` (0: none)."""
     for uri in list_checkpoints(output)[:-keep_last]:
-        step = int(uri.rpartition("step-")[2].partition("?")[0])
-        if not keep_every_steps or step % keep_every_steps:
+        if not keep_every_steps or step_of(uri) % keep_every_steps:
             # The mark of a whole checkpoint goes first, so that a kill in between leaves no half of one.
             storage.remove(storage.join(uri, CHECKSUMS))
             storage.remove(uri)

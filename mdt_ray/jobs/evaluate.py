@@ -1,0 +1,176 @@
+"""Job `evaluate`: checkpoint -> samples -> metrics, in chunks of fixed index ranges over a pool of actors.
+
+    run.json                       settings, identity
+    chunks/<first>.safetensors     features (and the first pictures) of images first, first + 1, ...
+    reference-<hash>/              the same for the real images
+    metrics.json                   written last
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from mdt_ray import config_io, run_folder, storage
+from mdt_ray.config import EvaluateConfig
+from mdt_ray.data import images
+from mdt_ray.evaluation import chunks
+from mdt_ray.evaluation.sampler import Sampler
+from mdt_ray.jobs import fanout, progress, session
+from mdt_ray.training import state as states
+
+METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One evaluation, resolved: which files it needs and where."""
+
+    config: EvaluateConfig
+    run: dict
+    facts: dict
+    """state.json of the checkpoint."""
+    checkpoint_hash: str
+    sources: list[images.SourceFile]
+    reference_folder: str
+
+    def sample_uris(self) -> dict[str, dict[str, Any]]:
+        """File of each chunk of samples -> its item of work."""
+        config = self.config
+        return {storage.join(config.output, "chunks", f"{start:08d}.safetensors"):
+                {"kind": "sample", "start": start, "stop": min(start + config.chunk_size, config.num_samples)}
+                for start in range(0, config.num_samples, config.chunk_size)}
+
+    def reference_uris(self) -> dict[str, dict[str, Any]]:
+        """File of each chunk of real images -> its item of work."""
+        config, items = self.config, {}
+        for number, file in enumerate(self.sources):
+            for start in range(0, file.num_rows, config.chunk_size):
+                uri = storage.join(self.reference_folder, "chunks", f"{number:05d}-{start:08d}.safetensors")
+                items[uri] = {"kind": "reference", "file": json.dumps(asdict(file)), "start": start,
+                              "stop": min(start + config.chunk_size, file.num_rows)}
+        return items
+
+
+def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
+    """Resolve checkpoint, reference and identity. Raises ValueError for what is missing or does not fit."""
+    checkpoint = states.resolve_checkpoint(storage.absolute(config.checkpoint))
+    reference = config.reference if config.reference == "digits" else storage.absolute(config.reference)
+    config = dataclasses.replace(config, checkpoint=checkpoint, reference=reference, output=storage.absolute(config.output))
+    facts = storage.read_json(storage.join(checkpoint, "state.json"))
+    chunks.check_extractor(config.extractor, facts["image_size"])
+    sources = images.list_source(config.reference)
+    checkpoint_hash = storage.sha256(storage.read_bytes(storage.join(checkpoint, states.CHECKSUMS)))[:16]
+    fingerprint = config_io.fingerprint([images.source_fingerprint(sources), config.extractor, facts["image_size"],
+                                         config.chunk_size])
+    run = run_folder.describe("evaluate", config, {"checkpoint": checkpoint_hash, "reference": fingerprint})
+    return Plan(config=config, run=run, facts=facts, checkpoint_hash=checkpoint_hash, sources=sources,
+                reference_folder=storage.join(storage.absolute(reference_root or config.output), f"reference-{fingerprint}"))
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Sample and measure; returns the content of metrics.json. Does nothing where that is written."""
+    return evaluate_many([config])[0]
+
+
+def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = None,
+                  pool: bool = True) -> list[dict[str, Any]]:
+    """Several evaluations as one job, in which an actor loads each model once; they share the real images' features.
+
+    Args:
+        reference_root: folder of the real images' features; by default the first output.
+        pool: False works in this process, without Ray, below a folder that the caller has claimed.
+    Raises ValueError as `plan`, and if an output holds another run or has another writer.
+    """
+    root = reference_root or configs[0].output
+    plans = [plan(config, root) for config in configs]
+    for p in plans:
+        run_folder.check_identity(p.config.output, p.run)
+    todo = [p for p in plans if not storage.exists(storage.join(p.config.output, METRICS))]
+    with contextlib.ExitStack() as stack:
+        for p in todo:
+            if pool:
+                stack.enter_context(run_folder.claim(p.config.output, p.run))
+            else:
+                run_folder.record(p.config.output, p.run)
+        started = time.perf_counter()
+        _run_missing(todo, pool)
+        for p in todo:
+            _write_metrics(p, (time.perf_counter() - started) / len(todo))
+    return [storage.read_json(storage.join(p.config.output, METRICS)) for p in plans]
+
+
+def _run_missing(plans: list[Plan], pool: bool) -> None:
+    items: dict[str, dict[str, Any]] = {}
+    for number, p in enumerate(plans):
+        for uri, item in (p.reference_uris() | p.sample_uris()).items():
+            items.setdefault(uri, item | {"plan": number, "uri": uri})
+    missing = [item for uri, item in items.items() if not storage.exists(uri)]
+    if not missing:
+        return
+    plain = [{"config": config_io.to_dict(p.config), "image_size": p.facts["image_size"]} for p in plans]
+    if not pool:
+        work = Evaluator(plain)
+        for item in missing:
+            work(item)
+        return
+    session.start()
+    total = sum(item["stop"] - item["start"] for item in items.values())
+    waiting = sum(item["stop"] - item["start"] for item in missing)
+    with progress.bar(total, "image", "evaluate", initial=total - waiting) as bar:
+        for row in fanout.run_chunks(_uniform(missing), Evaluator, (plain,), plans[0].config.workers):
+            bar.update(row["num_images"])
+
+
+def _uniform(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Items with the same keys, as rows of one table need."""
+    return [{"file": ""} | item for item in items]
+
+
+def _write_metrics(p: Plan, seconds: float) -> None:
+    config = p.config
+    samples = chunks.read_chunks(list(p.sample_uris()))
+    reference = chunks.read_chunks(list(p.reference_uris()))
+    values = chunks.compute_metrics(samples, reference, config.extractor)
+    facts = {
+        "checkpoint": {"uri": config.checkpoint, "hash": p.checkpoint_hash, "step": p.facts["step"]},
+        "vae": p.facts["vae"],
+        "reference": {"source": config.reference, "num_images": len(reference.labels),
+                      f"fid_{config.extractor}_between_halves": chunks.distance_between_halves(reference)},
+        "run": p.run["name"], "versions": p.run["versions"], "seconds": seconds,
+    }
+    storage.write_json(storage.join(config.output, METRICS), chunks.describe_metrics(config, values, facts))
+
+
+class Evaluator:
+    """Does one item of any of the evaluations; keeps the sampler of the last one."""
+
+    def __init__(self, plain: list[dict[str, Any]]):
+        self.configs = [config_io.from_dict(EvaluateConfig, p["config"]) for p in plain]
+        self.image_sizes = [p["image_size"] for p in plain]
+        workers = self.configs[0].workers
+        torch.set_num_threads(max(1, int(workers.cpus_per_worker)))
+        self.device = "cuda" if workers.gpus_per_worker else "cpu"
+        self.sampler = functools.lru_cache(maxsize=1)(self._sampler)
+        self.extractor = functools.cache(lambda name: chunks.EXTRACTORS[name]())
+
+    def _sampler(self, number: int) -> Sampler:
+        config = self.configs[number]
+        autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
+        return Sampler(config.checkpoint, config.sampling, self.device, autocast_dtype)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        config, extractor = self.configs[item["plan"]], self.extractor(self.configs[item["plan"]].extractor)
+        if item["kind"] == "sample":
+            arrays = chunks.sample_chunk(self.sampler(item["plan"]), extractor, config, item["start"], item["stop"])
+        else:
+            file = images.SourceFile(**json.loads(item["file"]))
+            arrays = chunks.reference_chunk(extractor, file, item["start"], item["stop"], self.image_sizes[item["plan"]],
+                                            config.keep_images - item["start"])
+        chunks.write_chunk(item["uri"], arrays)
+        return {"num_images": item["stop"] - item["start"]}

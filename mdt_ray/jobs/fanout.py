@@ -1,0 +1,68 @@
+"""Chunks of work over a pool of actors, through Ray Data. Restart is the callers': they pass the chunks still missing.
+
+A worker class is built once per actor and called with one item at a time; it writes its chunk to a file, whole, and returns
+a small row. An actor that dies is replaced and its item given to another, so a chunk may be written twice, with equal bytes.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
+
+from mdt_ray.config import WorkersConfig
+
+
+class _OneItem:
+    """Adapter from Ray Data's batches of one row to the worker's dicts."""
+
+    def __init__(self, worker: type, arguments: tuple):
+        self.work = worker(*arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
+        return {name: [value] for name, value in self.work(_row(batch)).items()}
+
+
+def run_chunks(items: list[dict[str, Any]], worker: type, arguments: tuple, workers: WorkersConfig,
+               prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows that the workers return, in the order in which they finish.
+
+    Args:
+        items: small dicts, one a chunk.
+        worker: class; worker(*arguments) is called once an actor, and with each item. Returns a dict of plain values.
+        workers: size of the pool and what an actor takes.
+        prepare: runs on CPU tasks before the actor (reading, decoding), item in, item out.
+    Raises what the worker raised.
+    """
+    if not items:
+        return
+    count = min(workers.num_workers, len(items))
+    data = ray.data.from_items(items, override_num_blocks=len(items))
+    if prepare is not None:
+        data = data.map_batches(_prepared, fn_args=(prepare,), batch_size=1)
+    data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments), batch_size=1,
+                            compute=ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=2),
+                            num_cpus=workers.cpus_per_worker if not workers.gpus_per_worker else None,
+                            num_gpus=workers.gpus_per_worker or None)
+    try:
+        yield from data.iter_rows()
+    except RayError as error:
+        raise root_cause(error) from None
+
+
+def _prepared(batch: dict[str, Any], prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, list]:
+    return {name: [value] for name, value in prepare(_row(batch)).items()}
+
+
+def _row(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[0].item() if hasattr(values[0], "item") else values[0] for name, values in batch.items()}
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception that a worker raised, from under Ray's wrappers; Ray's own where there is none."""
+    while True:
+        inner = getattr(error, "cause", None) or error.__cause__
+        if not isinstance(inner, BaseException) or inner is error:
+            return error
+        error = inner

@@ -1,0 +1,76 @@
+"""Job `quickstart`: the four jobs in order, then the report page. Each stage that is finished is passed over."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+from mdt_ray import report, storage
+from mdt_ray.config import EvaluateConfig, QuickstartConfig
+from mdt_ray.jobs import evaluate, precompute, train, tune
+from mdt_ray.training import state as states
+
+STAGES = "stages.json"
+
+
+def resolve(config: QuickstartConfig) -> QuickstartConfig:
+    """The settings of all jobs with their folders below config.output."""
+    root = storage.absolute(config.output)
+    latents, checkpoints = storage.join(root, "latents"), storage.join(root, "train")
+    return dataclasses.replace(
+        config, output=root,
+        precompute=dataclasses.replace(config.precompute, output=latents),
+        train=dataclasses.replace(config.train, latents=latents, output=checkpoints),
+        tune=dataclasses.replace(config.tune, output=storage.join(root, "tune"),
+                                 train=dataclasses.replace(config.tune.train, latents=latents)),
+        evaluate=dataclasses.replace(config.evaluate, checkpoint=checkpoints, output=storage.join(root, "evaluate")))
+
+
+def quickstart(config: QuickstartConfig) -> str:
+    """Run what is not finished yet; returns the path of the report page. Raises what the jobs raise."""
+    config = resolve(config)
+    clock = _Clock(storage.join(config.output, STAGES))
+    with clock.stage("precompute"):
+        precompute.precompute(config.precompute)
+    with clock.stage("train"):
+        train.train(config.train)
+    with clock.stage("tune"):
+        sweep = tune.tune(config.tune)
+    with clock.stage("evaluate"):
+        evaluations = evaluations_of(config)
+        results = dict(zip(evaluations, evaluate.evaluate_many(list(evaluations.values()), config.evaluate.output),
+                           strict=True))
+    return report.write(config, evaluations, results, sweep, clock.seconds)
+
+
+def evaluations_of(config: QuickstartConfig) -> dict[str, EvaluateConfig]:
+    """The guided evaluation of the newest checkpoint, and an unguided one of every checkpoint kept for good, by name."""
+    root, guided = config.evaluate.output, config.evaluate
+    sampling = dataclasses.replace(guided.sampling, cfg_scale=1.0)
+    found = {"guided": dataclasses.replace(guided, output=storage.join(root, "guided"))}
+    checkpoints = states.list_checkpoints(config.train.output)
+    for uri in checkpoints:
+        if uri != checkpoints[-1] and states.step_of(uri) % (config.train.keep_every_steps or config.train.num_steps):
+            continue
+        name = "unguided-" + uri.rpartition("/")[2]
+        found[name] = dataclasses.replace(guided, checkpoint=uri, sampling=sampling, output=storage.join(root, name))
+    return found
+
+
+class _Clock:
+    """Seconds that each stage took, over all runs of the command; a stage with nothing to do keeps its time."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        self.seconds: dict[str, float] = storage.read_json(uri) if storage.exists(uri) else {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            if spent > 1.0:  # a finished stage takes less
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent
+                storage.write_json(self.uri, self.seconds)

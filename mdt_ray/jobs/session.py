@@ -1,0 +1,48 @@
+"""Connecting to Ray: a running cluster where there is one, else a small local one. The only reader of the environment."""
+
+import atexit
+import logging
+import os
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+WAITING_CPUS = 2
+"""Logical CPUs of a local session beyond the machine's, for processes that mostly wait (drivers, readers)."""
+
+QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a worker's print would appear twice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s delays every start and restart
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on its notices
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the jobs draw their own
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own table of settings and trials
+}
+
+
+def start() -> None:
+    """Connect once: to RAY_ADDRESS (set inside `ray job submit`), else to a local cluster that ends with this process."""
+    if ray.is_initialized():
+        return
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        ray.init(address="local", num_cpus=(os.cpu_count() or 1) + WAITING_CPUS, include_dashboard=True,
+                 object_store_memory=512 * 1024**2, log_to_driver=False, logging_level=logging.ERROR)
+        atexit.register(ray.shutdown)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = 600
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.WARNING)
+
+
+def environment() -> dict[str, str]:
+    """Environment for a process of ours that should use this session's cluster."""
+    return os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}

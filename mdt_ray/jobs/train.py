@@ -1,0 +1,99 @@
+"""Job `train`: latents -> checkpoints, as DDP workers of Ray Train.
+
+Restart is ours: every launch, and every relaunch of the workers by Ray, takes the newest checkpoint.
+"""
+
+import dataclasses
+import logging
+import uuid
+from typing import Any
+
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer, get_device
+
+from mdt_ray import config_io, run_folder, storage
+from mdt_ray.config import TrainConfig
+from mdt_ray.data import latents
+from mdt_ray.data.latents import Manifest
+from mdt_ray.jobs import fanout, progress, session
+from mdt_ray.training import state as states
+from mdt_ray.training.run import resolve_model, run_rank
+
+logger = logging.getLogger(__name__)
+MAX_WORKER_FAILURES = 10
+
+
+def prepare(config: TrainConfig) -> tuple[TrainConfig, Manifest, dict]:
+    """The config with absolute paths and a complete model, the latents' manifest, and the content of run.json.
+
+    Raises ValueError for missing or damaged latents, and for a model that does not fit them.
+    """
+    manifest = latents.open_manifest(config.latents)
+    config = dataclasses.replace(config, latents=storage.absolute(config.latents), output=storage.absolute(config.output),
+                                 model=resolve_model(config.model, manifest))
+    return config, manifest, run_folder.describe("train", config, {"latents": manifest.content})
+
+
+def is_finished(config: TrainConfig) -> bool:
+    """Whether a checkpoint of config.num_steps or beyond is there."""
+    found = states.latest_checkpoint(config.output)
+    return found is not None and storage.read_json(storage.join(found, "state.json"))["step"] >= config.num_steps
+
+
+def train(config: TrainConfig) -> str:
+    """Train to config.num_steps; returns the URI of the newest checkpoint. Does nothing where that is done.
+
+    Raises ValueError as `prepare`, and if the output holds another run or has another writer; what a worker raised, once it
+    failed too often.
+    """
+    config, _, run = prepare(config)
+    run_folder.check_identity(config.output, run)
+    if not is_finished(config):
+        with run_folder.claim(config.output, run) as token:
+            session.start()
+            _fit(config, run, token)
+    return states.resolve_checkpoint(config.output)
+
+
+def _fit(config: TrainConfig, run: dict, token: str) -> None:
+    found = states.latest_checkpoint(config.output)
+    first = storage.read_json(storage.join(found, "state.json"))["step"] if found else 0
+    with progress.bar(config.num_steps * config.batch_size, "image", "train", first * config.batch_size) as bar:
+
+        def show(row: dict[str, Any]) -> None:
+            bar.set_postfix_str(f"step {row['step']}/{config.num_steps} loss {row['loss']:.3f}", refresh=False)
+            bar.update(row["images_seen"] - bar.n)
+
+        with progress.watched(show) as mailbox:
+            workers = config.workers
+            trainer = TorchTrainer(
+                _worker,
+                train_loop_config={"config": config_io.to_dict(config), "run": run, "mailbox": mailbox,
+                                   "token": token},
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=workers.num_workers, use_gpu=workers.gpus_per_worker > 0,
+                    resources_per_worker={"CPU": workers.cpus_per_worker} |
+                                         ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})),
+                run_config=ray.train.RunConfig(
+                    # A used name would make Ray resume from its own snapshot; ours is the only truth.
+                    name=f"{run['name']}-{uuid.uuid4().hex[:8]}",
+                    storage_path=storage.join(config.output, "ray"),
+                    failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES)))
+            try:
+                trainer.fit()
+            except ray.train.TrainingFailedError as error:
+                failures = getattr(error, "worker_failures", None) or {0: error}
+                raise fanout.root_cause(next(iter(failures.values()))) from None
+    storage.remove(storage.join(config.output, "ray"))
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """One DDP rank, inside a Ray Train worker."""
+    config = config_io.from_dict(TrainConfig, settings["config"])
+    torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
+    context, mailbox = ray.train.get_context(), settings["mailbox"]
+    run_rank(config, latents.open_manifest(config.latents), settings["run"], rank=context.get_world_rank(),
+             world_size=context.get_world_size(), device=get_device(),
+             report=lambda row: mailbox.put.remote(row),
+             may_write=lambda: run_folder.holds(config.output, settings["token"]))

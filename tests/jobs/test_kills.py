@@ -1,0 +1,140 @@
+"""One kill per job, with real processes: the same command again ends with the artefacts of an undisturbed run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mdt_ray import storage
+from mdt_ray.training import state as states
+from tests import harness
+from tests.helpers import make_latents
+
+pytestmark = pytest.mark.ray
+
+TRAIN = ["--batch-size", "24", "--num-lanes", "12", "--precision", "fp32", "--log-every-steps", "1",
+         "--model.patch-size", "1", "--model.hidden-size", "32", "--model.depth", "3", "--model.num-heads", "2",
+         "--model.decode-layer", "1", "--optim.lr", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def environment(ray_session):
+    from mdt_ray.jobs import session
+
+    return session.environment()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("kills")
+
+
+@pytest.fixture(scope="module")
+def latents(folder) -> str:
+    make_latents(folder / "latents", num_images=200)
+    return str(folder / "latents")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, environment) -> str:
+    """A short training on the digits' own latents, for what needs a VAE."""
+    harness.run(["precompute", "digits", "--output", f"{folder}/digits"], environment)
+    harness.run(["train", "digits", "--latents", f"{folder}/digits", "--output", f"{folder}/digits-train",
+                 "--num-steps", "5", "--workers.num-workers", "1"], environment)
+    return f"{folder}/digits-train"
+
+
+def test_precompute_survives_a_killed_encoder(folder, environment):
+    def command(name: str) -> list[str]:
+        return ["precompute", "digits", "--output", f"{folder}/{name}", "--chunk-size", "32", "--workers.num-workers", "1"]
+
+    harness.run(command("straight"), environment)
+    killed = folder / "killed"
+    code = harness.run_and_kill(command("killed"), environment, victim="MapWorker",
+                                when=lambda: len(list(killed.glob("chunks/*.json"))) >= 5)
+    assert code == 0, "Ray replaces the encoder, and the run goes on by itself"
+    expected, found = (harness.files(folder / name, "*") for name in ("straight", "killed"))
+    assert len(expected) == 60  # 57 chunks, manifest, plan, run
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if name != "run.json" and found[name] != expected[name]] == []
+    assert harness.leftovers(killed) == []
+
+
+def test_precompute_goes_on_after_a_killed_driver(folder, environment):
+    command = ["precompute", "digits", "--output", f"{folder}/killed-driver", "--chunk-size", "32",
+               "--workers.num-workers", "1"]
+    killed = folder / "killed-driver"
+    code = harness.run_and_kill(command, environment, when=lambda: len(list(killed.glob("chunks/*.json"))) >= 5)
+    assert code == -9
+    assert not (killed / "manifest.json").exists()
+    finished = {p: p.stat().st_mtime_ns for p in killed.glob("chunks/*.json")}
+    harness.run(command, environment)
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished, "finished chunks are not encoded again"
+    assert harness.files(killed, "*.parquet") == harness.files(folder / "straight", "*.parquet")
+    assert harness.leftovers(killed) == []
+
+
+@pytest.mark.parametrize("victim", ["driver", "RayTrainWorker"])
+def test_train_goes_on_after_a_kill(folder, latents, environment, victim):
+    def command(name: str) -> list[str]:
+        return ["train", "--latents", latents, "--output", f"{folder}/{name}", *TRAIN, "--num-steps", "120",
+                "--checkpoint-every-steps", "10", "--workers.num-workers", "2"]
+
+    straight, killed = folder / "straight-train", folder / f"killed-{victim}"
+    if not straight.exists():
+        harness.run(command("straight-train"), environment)
+    code = harness.run_and_kill(command(killed.name), environment, victim=victim,
+                                when=lambda: any(killed.glob("checkpoints/step-*3[0-9]/checksums.json")))
+    assert code == (-9 if victim == "driver" else 0), "Ray Train replaces a worker by itself"
+    harness.run(command(killed.name), environment)
+    a, b = (states.latest_checkpoint(str(output)) for output in (straight, killed))
+    for name in ("model/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors", "optimizer.pt"):
+        assert storage.read_bytes(f"{a}/{name}") == storage.read_bytes(f"{b}/{name}"), name
+    rows = [[{k: v for k, v in row.items() if k != "images_per_second"}
+             for row in states.read_metrics(f"{uri}/metrics.parquet")] for uri in (a, b)]
+    assert len(rows[0]) == 120
+    assert rows[0] == rows[1]
+    assert harness.leftovers(killed) == []
+
+
+def test_evaluate_goes_on_after_a_killed_driver(folder, checkpoint, environment):
+    def command(name: str) -> list[str]:
+        return ["evaluate", "digits", "--checkpoint", checkpoint, "--output", f"{folder}/{name}", "--num-samples", "200",
+                "--chunk-size", "10", "--workers.num-workers", "1"]
+
+    harness.run(command("straight-evaluate"), environment)
+    killed = folder / "killed-evaluate"
+    code = harness.run_and_kill(command("killed-evaluate"), environment,
+                                when=lambda: len(list(killed.glob("chunks/*"))) >= 3)
+    assert code == -9
+    assert not (killed / "metrics.json").exists()
+    finished = {p: p.stat().st_mtime_ns for p in killed.glob("chunks/*.safetensors")}
+    harness.run(command("killed-evaluate"), environment)
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished, "finished chunks are not drawn again"
+    straight = folder / "straight-evaluate"
+    assert harness.files(killed, "chunks/*") == harness.files(straight, "chunks/*")
+    metrics = [json.loads((output / "metrics.json").read_text())["metrics"] for output in (straight, killed)]
+    assert metrics[0] == metrics[1]
+    assert harness.leftovers(killed) == []
+
+
+def test_tune_goes_on_after_a_killed_driver(folder, checkpoint, environment):
+    def command(name: str) -> list[str]:
+        return ["tune", "digits", "--output", f"{folder}/{name}", "--train.latents", f"{folder}/digits",
+                "--train.num-steps", "30", "--evaluate.num-samples", "50", "--max-concurrent-trials", "1"]
+
+    harness.run(command("straight-tune"), environment)
+    killed = folder / "killed-tune"
+    code = harness.run_and_kill(command("killed-tune"), environment,
+                                when=lambda: len(list(killed.glob("trials/*/result.json"))) >= 1)
+    assert code == -9
+    finished = {p: p.stat().st_mtime_ns for p in killed.glob("trials/*/result.json")}
+    assert len(finished) < 4
+    harness.run(command("killed-tune"), environment)
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished, "finished trials are not run again"
+    results = [json.loads((folder / name / "results.json").read_text())["trials"]
+               for name in ("straight-tune", "killed-tune")]
+    for trials in results:
+        assert len(trials) == len({t["name"] for t in trials}) == 4
+    assert [t["metrics"] for t in results[0]] == [t["metrics"] for t in results[1]]
+    assert harness.leftovers(killed) == []

@@ -1,0 +1,92 @@
+"""All four jobs and the report, as a newcomer runs them but shorter; and that a second run does nothing."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests import harness
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, ray_session) -> tuple[Path, list[str], dict[str, str]]:
+    from mdt_ray.jobs import session
+
+    folder = tmp_path_factory.mktemp("quickstart") / "<b>runs & co"
+    command = ["quickstart", "digits", "--output", str(folder), "--train.num-steps", "20", "--train.keep-every-steps", "10",
+               "--train.checkpoint-every-steps", "10", "--tune.train.num-steps", "10", "--tune.evaluate.num-samples", "30",
+               "--evaluate.num-samples", "60", "--evaluate.sampling.num-sampling-steps", "5"]
+    environment = session.environment()
+    done = harness.run(command, environment)
+    assert done.stdout.strip().endswith(f"report {folder}/report/index.html")
+    return folder, command, environment
+
+
+class Page(HTMLParser):
+    """Counts what a browser would fetch, show and close."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.images, self.fetched, self.headings, self.open, self.text = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes)
+        self.fetched += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")]
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def test_the_report_is_one_whole_page(run):
+    folder, _, _ = run
+    page = Page((folder / "report" / "index.html").read_text())
+    assert page.fetched == [], "nothing is loaded from outside"
+    assert page.open == [], "every tag is closed"
+    assert page.headings == ["Samples, class by class", "Training", "The same noise, as training goes on", "Sweep",
+                             "Metrics, and what identifies them", "Time", "Reproduce"]
+    assert len(page.images) == 6
+    assert all(image["alt"] and len(image["src"]) > 2000 for image in page.images)
+    text = " ".join(page.text)
+    assert "<b>runs & co" in text, "strings from outside are shown as they are, not as markup"
+    for name in ("fid_digits", "sfid_digits", "is_digits", "precision_digits", "recall_digits", "label_accuracy_digits",
+                 "fid_digits_30", "dpm-solver++", "seeds 0 .. 59"):
+        assert name in text, name
+    assert not re.search(r"\bFID\b", text), "these metrics are not Inception's"
+
+
+def test_every_stage_left_its_result(run):
+    folder, _, _ = run
+    assert json.loads((folder / "stages.json").read_text()).keys() == {"precompute", "train", "tune", "evaluate"}
+    assert len(json.loads((folder / "tune" / "results.json").read_text())["trials"]) == 4
+    names = sorted(p.name for p in (folder / "evaluate").iterdir() if not p.name.startswith("reference"))
+    assert names == ["guided", "unguided-step-00000000", "unguided-step-00000010", "unguided-step-00000020"]
+    scales = [json.loads((folder / "evaluate" / n / "metrics.json").read_text())["sampling"]["cfg_scale"] for n in names]
+    assert scales == [3.0, 1.0, 1.0, 1.0]
+    assert harness.leftovers(folder) == []
+
+
+def test_a_second_run_changes_nothing(run):
+    folder, command, environment = run
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    harness.run(command, environment)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_another_setting_is_refused_with_the_difference(run):
+    _, command, environment = run
+    with pytest.raises(AssertionError, match=r"optim.lr: 0.004 -> 0.1"):
+        harness.run([*command, "--train.optim.lr", "0.1"], environment)
