@@ -1,6 +1,6 @@
 """Job `train`: latents -> checkpoints, as DDP workers of Ray Train.
 
-Restart is ours: every launch, and every relaunch of the workers by Ray, takes the newest checkpoint.
+Restart is ours: every launch takes the newest checkpoint, also the ones that replace lost workers.
 """
 
 import dataclasses
@@ -18,10 +18,13 @@ from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
 from mdt_ray.jobs import fanout, progress, session
 from mdt_ray.training import state as states
+from mdt_ray.training.loop import TrainingDiverged
 from mdt_ray.training.run import resolve_model, run_rank
 
 logger = logging.getLogger(__name__)
 MAX_WORKER_FAILURES = 10
+FINAL = (ValueError, TrainingDiverged)
+"""Failures that would come back: the workers are not started again."""
 
 
 def prepare(config: TrainConfig) -> tuple[TrainConfig, Manifest, dict]:
@@ -52,8 +55,21 @@ def train(config: TrainConfig) -> str:
     if not is_finished(config):
         with run_folder.claim(config.output, run) as token:
             session.start()
-            _fit(config, run, token)
+            _fit_with_retries(config, run, token)
     return states.resolve_checkpoint(config.output)
+
+
+def _fit_with_retries(config: TrainConfig, run: dict, token: str) -> None:
+    """Launch workers until they finish. A lost one (killed, its node gone) costs a relaunch from the newest checkpoint."""
+    for failures in range(MAX_WORKER_FAILURES + 1):
+        try:
+            return _fit(config, run, token)
+        except FINAL:
+            raise
+        except Exception as error:
+            if failures == MAX_WORKER_FAILURES:
+                raise
+            logger.warning("a training worker was lost (%s); going on from the newest checkpoint", error)
 
 
 def _fit(config: TrainConfig, run: dict, token: str) -> None:
@@ -78,14 +94,20 @@ def _fit(config: TrainConfig, run: dict, token: str) -> None:
                 run_config=ray.train.RunConfig(
                     # A used name would make Ray resume from its own snapshot; ours is the only truth.
                     name=f"{run['name']}-{uuid.uuid4().hex[:8]}",
-                    storage_path=storage.join(config.output, "ray"),
-                    failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES)))
+                    storage_path=storage.join(config.output, "ray")))
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
-                failures = getattr(error, "worker_failures", None) or {0: error}
-                raise fanout.root_cause(next(iter(failures.values()))) from None
-    storage.remove(storage.join(config.output, "ray"))
+                raise _cause(error) from None
+            finally:
+                storage.remove(storage.join(config.output, "ray"))
+
+
+def _cause(error: ray.train.TrainingFailedError) -> BaseException:
+    """Why the workers failed: what a user can mend where one of them said so, else the first failure."""
+    failures = (getattr(error, "worker_failures", None) or {0: error}).values()
+    causes = [fanout.root_cause(failure) for failure in failures]
+    return next((c for c in causes if isinstance(c, FINAL)), causes[0])
 
 
 def _worker(settings: dict[str, Any]) -> None:

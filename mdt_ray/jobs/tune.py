@@ -131,11 +131,6 @@ def _result(trial: Trial) -> dict[str, Any] | None:
 
 def _run_trials(config: TuneConfig, trials: list[Trial], total: int, token: str) -> None:
     with progress.bar(total, "trial", "tune", initial=total - len(trials)) as bar:
-
-        class Finished(ray.tune.Callback):
-            def on_trial_complete(self, iteration, trials, trial, **info):
-                bar.update(1)
-
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(_run_trial, {"CPU": config.train.workers.cpus_per_worker,
                                                  "GPU": config.train.workers.gpus_per_worker}),
@@ -143,12 +138,25 @@ def _run_trials(config: TuneConfig, trials: list[Trial], total: int, token: str)
             tune_config=ray.tune.TuneConfig(max_concurrent_trials=config.max_concurrent_trials,
                                             trial_dirname_creator=lambda trial: trial.trial_id),
             run_config=ray.tune.RunConfig(name=uuid.uuid4().hex[:12], storage_path=storage.join(config.output, "ray"),
-                                          verbose=0, callbacks=[Finished()]))
+                                          verbose=0, callbacks=[_Count(bar)]))
         grid_results = tuner.fit()
     errors = [result.error for result in grid_results if result.error is not None]
     storage.remove(storage.join(config.output, "ray"))
     if errors:
         raise fanout.root_cause(errors[0]) from None
+
+
+class _Count(ray.tune.Callback):
+    """Moves the bar on. Tune pickles its callbacks, and a bar on a terminal cannot be: it stays behind."""
+
+    def __init__(self, bar: Any):
+        self.bar = bar
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        self.bar.update(1)
+
+    def __reduce__(self):
+        return ray.tune.Callback, ()
 
 
 def _plain(config: TuneConfig, trial: Trial, token: str) -> dict[str, Any]:

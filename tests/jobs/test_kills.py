@@ -36,11 +36,11 @@ def latents(folder) -> str:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(folder, environment) -> str:
+def checkpoint(folder, ray_session) -> str:
     """A short training on the digits' own latents, for what needs a VAE."""
-    harness.run(["precompute", "digits", "--output", f"{folder}/digits"], environment)
-    harness.run(["train", "digits", "--latents", f"{folder}/digits", "--output", f"{folder}/digits-train",
-                 "--num-steps", "5", "--workers.num-workers", "1"], environment)
+    harness.run_here(["precompute", "digits", "--output", f"{folder}/digits"])
+    harness.run_here(["train", "digits", "--latents", f"{folder}/digits", "--output", f"{folder}/digits-train",
+                      "--num-steps", "5", "--workers.num-workers", "1"])
     return f"{folder}/digits-train"
 
 
@@ -48,7 +48,7 @@ def test_precompute_survives_a_killed_encoder(folder, environment):
     def command(name: str) -> list[str]:
         return ["precompute", "digits", "--output", f"{folder}/{name}", "--chunk-size", "32", "--workers.num-workers", "1"]
 
-    harness.run(command("straight"), environment)
+    harness.run_here(command("straight"))
     killed = folder / "killed"
     code = harness.run_and_kill(command("killed"), environment, victim="MapWorker",
                                 when=lambda: len(list(killed.glob("chunks/*.json"))) >= 5)
@@ -80,9 +80,9 @@ def test_train_goes_on_after_a_kill(folder, latents, environment, victim):
         return ["train", "--latents", latents, "--output", f"{folder}/{name}", *TRAIN, "--num-steps", "120",
                 "--checkpoint-every-steps", "10", "--workers.num-workers", "2"]
 
-    straight, killed = folder / "straight-train", folder / f"killed-{victim}"
+    straight, killed = folder / "straight-train", folder / f"killed-train-{victim}"
     if not straight.exists():
-        harness.run(command("straight-train"), environment)
+        harness.run_here(command("straight-train"))
     code = harness.run_and_kill(command(killed.name), environment, victim=victim,
                                 when=lambda: any(killed.glob("checkpoints/step-*3[0-9]/checksums.json")))
     assert code == (-9 if victim == "driver" else 0), "Ray Train replaces a worker by itself"
@@ -102,7 +102,7 @@ def test_evaluate_goes_on_after_a_killed_driver(folder, checkpoint, environment)
         return ["evaluate", "digits", "--checkpoint", checkpoint, "--output", f"{folder}/{name}", "--num-samples", "200",
                 "--chunk-size", "10", "--workers.num-workers", "1"]
 
-    harness.run(command("straight-evaluate"), environment)
+    harness.run_here(command("straight-evaluate"))
     killed = folder / "killed-evaluate"
     code = harness.run_and_kill(command("killed-evaluate"), environment,
                                 when=lambda: len(list(killed.glob("chunks/*"))) >= 3)
@@ -123,7 +123,7 @@ def test_tune_goes_on_after_a_killed_driver(folder, checkpoint, environment):
         return ["tune", "digits", "--output", f"{folder}/{name}", "--train.latents", f"{folder}/digits",
                 "--train.num-steps", "30", "--evaluate.num-samples", "50", "--max-concurrent-trials", "1"]
 
-    harness.run(command("straight-tune"), environment)
+    harness.run_here(command("straight-tune"))
     killed = folder / "killed-tune"
     code = harness.run_and_kill(command("killed-tune"), environment,
                                 when=lambda: len(list(killed.glob("trials/*/result.json"))) >= 1)

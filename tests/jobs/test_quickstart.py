@@ -13,17 +13,13 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, ray_session) -> tuple[Path, list[str], dict[str, str]]:
-    from mdt_ray.jobs import session
-
+def run(tmp_path_factory, ray_session) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("quickstart") / "<b>runs & co"
     command = ["quickstart", "digits", "--output", str(folder), "--train.num-steps", "20", "--train.keep-every-steps", "10",
                "--train.checkpoint-every-steps", "10", "--tune.train.num-steps", "10", "--tune.evaluate.num-samples", "30",
                "--evaluate.num-samples", "60", "--evaluate.sampling.num-sampling-steps", "5"]
-    environment = session.environment()
-    done = harness.run(command, environment)
-    assert done.stdout.strip().endswith(f"report {folder}/report/index.html")
-    return folder, command, environment
+    assert harness.run_here(command) == f"report {folder}/report/index.html"
+    return folder, command
 
 
 class Page(HTMLParser):
@@ -52,7 +48,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_is_one_whole_page(run):
-    folder, _, _ = run
+    folder, _ = run
     page = Page((folder / "report" / "index.html").read_text())
     assert page.fetched == [], "nothing is loaded from outside"
     assert page.open == [], "every tag is closed"
@@ -69,7 +65,7 @@ def test_the_report_is_one_whole_page(run):
 
 
 def test_every_stage_left_its_result(run):
-    folder, _, _ = run
+    folder, _ = run
     assert json.loads((folder / "stages.json").read_text()).keys() == {"precompute", "train", "tune", "evaluate"}
     assert len(json.loads((folder / "tune" / "results.json").read_text())["trials"]) == 4
     names = sorted(p.name for p in (folder / "evaluate").iterdir() if not p.name.startswith("reference"))
@@ -80,13 +76,13 @@ def test_every_stage_left_its_result(run):
 
 
 def test_a_second_run_changes_nothing(run):
-    folder, command, environment = run
+    folder, command = run
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    harness.run(command, environment)
+    harness.run_here(command)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
 
 
 def test_another_setting_is_refused_with_the_difference(run):
-    _, command, environment = run
-    with pytest.raises(AssertionError, match=r"optim.lr: 0.004 -> 0.1"):
-        harness.run([*command, "--train.optim.lr", "0.1"], environment)
+    _, command = run
+    with pytest.raises(ValueError, match=r"optim.lr: 0.004 -> 0.1"):
+        harness.run_here([*command, "--train.optim.lr", "0.1"])
