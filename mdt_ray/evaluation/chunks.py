@@ -15,13 +15,13 @@ from mdt_ray import storage
 from mdt_ray.config import EvaluateConfig
 from mdt_ray.data import images
 from mdt_ray.evaluation import metrics
-from mdt_ray.evaluation.digits import load_digits_features
+from mdt_ray.evaluation.digits import IMAGE_SIZE, load_digits_features
 from mdt_ray.evaluation.features import Extractor
 from mdt_ray.evaluation.sampler import Sampler, labels_of
 from mdt_ray.evaluation.statistics import FeatureStatistics
 
 EXTRACTORS = {"digits": load_digits_features}
-IMAGE_SIZES = {"digits": 32}
+IMAGE_SIZES = {"digits": IMAGE_SIZE}
 """Side of the images that an extractor reads; absent for one that resizes by itself."""
 
 

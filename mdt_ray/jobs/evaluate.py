@@ -153,9 +153,7 @@ class Evaluator:
     def __init__(self, plain: list[dict[str, Any]]):
         self.configs = [config_io.from_dict(EvaluateConfig, p["config"]) for p in plain]
         self.image_sizes = [p["image_size"] for p in plain]
-        workers = self.configs[0].workers
-        torch.set_num_threads(max(1, int(workers.cpus_per_worker)))
-        self.device = "cuda" if workers.gpus_per_worker else "cpu"
+        self.device = session.settle(self.configs[0].workers)
         self.sampler = functools.lru_cache(maxsize=1)(self._sampler)
         self.extractor = functools.cache(lambda name: chunks.EXTRACTORS[name]())
 

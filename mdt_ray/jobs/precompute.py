@@ -139,9 +139,7 @@ class Encoder:
 
     def __init__(self, plain: dict[str, Any]):
         self.config = config_io.from_dict(PrecomputeConfig, plain)
-        workers = self.config.workers
-        torch.set_num_threads(max(1, int(workers.cpus_per_worker)))
-        self.device = "cuda" if workers.gpus_per_worker else "cpu"
+        self.device = session.settle(self.config.workers)
         self.vae = load_vae(self.config.vae, self.device)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,9 @@ import logging
 import os
 
 import ray
+import torch
+
+from mdt_ray.config import WorkersConfig
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,12 @@ def start() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
+
+
+def settle(workers: WorkersConfig) -> str:
+    """In a worker process: as many torch threads as it reserved CPUs; returns the device to work on."""
+    torch.set_num_threads(max(1, int(workers.cpus_per_worker)))
+    return "cuda" if workers.gpus_per_worker else "cpu"
 
 
 def environment() -> dict[str, str]:

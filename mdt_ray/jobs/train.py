@@ -9,7 +9,6 @@ import uuid
 from typing import Any
 
 import ray.train
-import torch
 from ray.train.torch import TorchTrainer, get_device
 
 from mdt_ray import config_io, run_folder, storage
@@ -40,8 +39,7 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, Manifest, dict]:
 
 def is_finished(config: TrainConfig) -> bool:
     """Whether a checkpoint of config.num_steps or beyond is there."""
-    found = states.latest_checkpoint(config.output)
-    return found is not None and storage.read_json(storage.join(found, "state.json"))["step"] >= config.num_steps
+    return states.steps_done(config.output) >= config.num_steps
 
 
 def train(config: TrainConfig) -> str:
@@ -73,8 +71,7 @@ def _fit_with_retries(config: TrainConfig, run: dict, token: str) -> None:
 
 
 def _fit(config: TrainConfig, run: dict, token: str) -> None:
-    found = states.latest_checkpoint(config.output)
-    first = storage.read_json(storage.join(found, "state.json"))["step"] if found else 0
+    first = states.steps_done(config.output)
     with progress.bar(config.num_steps * config.batch_size, "image", "train", first * config.batch_size) as bar:
 
         def show(row: dict[str, Any]) -> None:
@@ -113,7 +110,7 @@ def _cause(error: ray.train.TrainingFailedError) -> BaseException:
 def _worker(settings: dict[str, Any]) -> None:
     """One DDP rank, inside a Ray Train worker."""
     config = config_io.from_dict(TrainConfig, settings["config"])
-    torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
+    session.settle(config.workers)
     context, mailbox = ray.train.get_context(), settings["mailbox"]
     run_rank(config, latents.open_manifest(config.latents), settings["run"], rank=context.get_world_rank(),
              world_size=context.get_world_size(), device=get_device(),

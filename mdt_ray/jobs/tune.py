@@ -22,7 +22,6 @@ from types import ModuleType
 from typing import Any
 
 import ray.tune
-import torch
 
 from mdt_ray import config_io, run_folder, storage
 from mdt_ray.config import EvaluateConfig, TrainConfig, TuneConfig
@@ -87,10 +86,11 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
     run = run_folder.describe("tune", config, {"latents": manifest.content, "space": space.space()} | _shared(config))
     run_folder.check_identity(config.output, run)
     trials = [_trial(config, point) for point in points]
-    if any(_result(t) is None for t in trials):
+    missing = [t for t in trials if _result(t) is None]
+    if missing:
         with run_folder.claim(config.output, run) as token:
             session.start()
-            _run_trials(config, [t for t in trials if _result(t) is None], len(trials), token)
+            _run_trials(config, missing, len(trials), token)
     failed = [t.name for t in trials if _result(t) is None]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(trials)} trials have no result ({', '.join(failed)}); run the same "
@@ -170,8 +170,7 @@ def _run_trial(params: dict[str, Any]) -> None:
     settings = params["settings"]
     config, manifest, run = training.prepare(config_io.from_dict(TrainConfig, settings["train"]))
     judged = config_io.from_dict(EvaluateConfig, settings["evaluate"])
-    torch.set_num_threads(max(1, int(config.workers.cpus_per_worker)))
-    device = "cuda" if config.workers.gpus_per_worker else "cpu"
+    device = session.settle(config.workers)
     started = time.perf_counter()
     # The sweep's claim covers its trials: a trial that outlives a killed sweep must not stop the next sweep's.
     run_folder.record(config.output, run)

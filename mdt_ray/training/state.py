@@ -110,6 +110,12 @@ def latest_checkpoint(output: str) -> str | None:
     return None
 
 
+def steps_done(output: str) -> int:
+    """The step of the newest undamaged checkpoint, 0 if there is none."""
+    found = latest_checkpoint(output)
+    return step_of(found) if found else 0
+
+
 def resolve_checkpoint(uri: str) -> str:
     """A checkpoint folder: `uri` itself, or the newest one of the training output `uri`. Raises ValueError if none."""
     if storage.exists(storage.join(uri, CHECKSUMS)):
