@@ -86,14 +86,14 @@ class PrecomputeConfig:
 class ModelConfig:
     """The transformer. Fields left None are taken from the latents."""
 
-    kind: Literal["mdt_v1", "dit"] = "mdt_v1"
-    """MDT of the paper, or the DiT baseline (no masking, no relative bias, fixed positions)."""
+    kind: Literal["mdt_v1", "mdt_v2", "dit"] = "mdt_v1"
+    """MDT of the paper, MDTv2 (long skips), or the DiT baseline (no masking, no relative bias, fixed positions)."""
     input_size: int | None = None
     """Side of the latent, in latent pixels."""
     in_channels: int | None = None
     """Channels of the latent."""
     num_classes: int | None = None
-    """Number of classes; the null label is this number."""
+    """Number of classes; the null label is this number. 0 trains an unconditional model, which ignores the labels."""
     patch_size: int = 2
     """Side of a token, in latent pixels."""
     hidden_size: int = 384
@@ -103,9 +103,21 @@ class ModelConfig:
     num_heads: int = 6
     """Attention heads."""
     decode_layer: int = 2
-    """Last blocks that form the decoder, which sees all tokens (the paper's N2)."""
+    """Last blocks that form the decoder, which sees all tokens (the paper's N2, Table 4)."""
     class_dropout_prob: float = 0.1
     """Share of labels replaced by the null label in training, for classifier-free guidance."""
+    masking: Literal["asymmetric", "symmetric"] = "asymmetric"
+    """The masked pass: the encoder sees the kept tokens only, or all with mask tokens in the hidden places (Table 5a)."""
+    num_side_blocks: int = 1
+    """Blocks of the side-interpolator (Table 5f); 0 leaves it out (Table 5b)."""
+    masked_shortcut: bool = True
+    """Kept tokens pass the side-interpolator unchanged (Table 5c)."""
+    decoder_positions: bool = True
+    """Add a position embedding before the side-interpolator, at inference before the decoder (Table 5g)."""
+    learnable_positions: bool = True
+    """Train the position embeddings (Table 5h)."""
+    relative_position_bias: bool = True
+    """Bias attention by relative position (Table 5i)."""
 
     def __post_init__(self):
         for name in ("patch_size", "hidden_size", "depth", "num_heads"):
@@ -116,9 +128,15 @@ class ModelConfig:
                 "must be divisible by 4 (sin-cos positions)")
         require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob,
                 "must be in [0, 1)")
-        if self.kind == "mdt_v1":
-            require(0 < self.decode_layer <= self.depth, "model.decode_layer", self.decode_layer,
-                    f"must be between 1 and depth = {self.depth}")
+        require(self.num_side_blocks >= 0, "model.num_side_blocks", self.num_side_blocks, "must not be negative")
+        require(self.num_classes is None or self.num_classes >= 0, "model.num_classes", self.num_classes,
+                "must not be negative")
+        if self.kind != "dit":
+            require(0 <= self.decode_layer <= self.depth, "model.decode_layer", self.decode_layer,
+                    f"must be between 0 and depth = {self.depth}")
+        if self.kind == "mdt_v2":
+            require((self.depth - self.decode_layer) % 2 == 0, "model.decode_layer", self.decode_layer,
+                    f"depth = {self.depth} less this must be even: MDTv2 pairs the encoder's blocks")
         if self.input_size is not None:
             require(self.input_size % self.patch_size == 0, "model.patch_size", self.patch_size,
                     f"must divide the latent size {self.input_size}")
@@ -130,9 +148,23 @@ class LossConfig:
 
     mask_ratio: float = 0.3
     """Share of tokens hidden from the encoder in the masked pass (paper Table 3); DiT has no masked pass."""
+    mask_ratio_span: float = 0.0
+    """Draw the ratio of every step from [mask_ratio, mask_ratio + span], kept tokens in multiples of 8 (MDTv2: 0.2)."""
+    passes: Literal["full+masked", "full", "masked"] = "full+masked"
+    """Passes of a step, their losses added (Table 5d). With `full` the model has no parts for masking."""
+    tokens: Literal["all", "masked"] = "all"
+    """Tokens that count in the loss of the masked pass (Table 5e)."""
+    min_snr_gamma: float | None = None
+    """Weigh the squared error by min(snr, gamma) / snr (MDTv2: 5); None weighs all timesteps alike."""
 
     def __post_init__(self):
         require(0 <= self.mask_ratio < 1, "loss.mask_ratio", self.mask_ratio, "must be in [0, 1)")
+        require(0 <= self.mask_ratio_span < 1 - self.mask_ratio, "loss.mask_ratio_span", self.mask_ratio_span,
+                f"mask_ratio = {self.mask_ratio} and the span must sum to less than 1")
+        require(self.tokens == "all" or self.mask_ratio > 0, "loss.mask_ratio", self.mask_ratio,
+                "must be above 0 for a loss on masked tokens")
+        require(self.min_snr_gamma is None or self.min_snr_gamma > 0, "loss.min_snr_gamma", self.min_snr_gamma,
+                "must be positive, or None")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +248,8 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("batch_size", "num_lanes", "num_steps", "log_every_steps", "checkpoint_every_steps", "keep_last"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(self.model.kind != "dit" or self.loss.passes != "masked", "loss.passes", self.loss.passes,
+                "DiT has no masked pass; use 'full'")
         require(self.batch_size % self.num_lanes == 0, "num_lanes", self.num_lanes,
                 f"must divide batch_size = {self.batch_size}")
         require(self.workers.num_workers <= self.num_lanes, "workers.num_workers", self.workers.num_workers,

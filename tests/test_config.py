@@ -42,7 +42,7 @@ def test_dotted_and_nested_overrides_agree():
     ({"num_lanes": 7}, r"num_lanes = 7: must divide batch_size = 256"),
     ({"workers.num_workers": 65}, r"must not exceed num_lanes = 64"),
     ({"model": {"input_size": 9}}, r"model.patch_size = 2: must divide the latent size 9"),
-    ({"model": {"decode_layer": 0}}, r"model.decode_layer = 0: must be between 1 and depth"),
+    ({"model": {"decode_layer": 13}}, r"model.decode_layer = 13: must be between 0 and depth"),
     ({"model": {"num_heads": 5}}, r"model.hidden_size = 384: must be divisible by num_heads = 5"),
     ({"optim": {"schedule": "cosine"}}, r"optim.schedule_steps = None: a cosine schedule needs its last step"),
 ])

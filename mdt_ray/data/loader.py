@@ -35,6 +35,7 @@ class Batch:
     y_full: torch.Tensor  # (B,) int64, labels of the full pass, some replaced by the null label
     y_masked: torch.Tensor  # (B,) int64
     mask_noise: torch.Tensor  # (B, L), whose smallest entries are kept
+    mask_ratio_draw: float  # in [0, 1), the same on every rank: where in its span the step's mask ratio lies
 
     def to(self, device: torch.device) -> "Batch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -133,7 +134,10 @@ class Loader:
     def batch(self, step: int, attempt: int = 0) -> Batch:
         """The batch of a step: images, noise, timesteps, masks and label drops, lane by lane."""
         lanes = [self._lane(step, attempt, lane) for lane in self.lanes]
-        return Batch(step=step, **{name: torch.cat([lane[name] for lane in lanes]) for name in lanes[0]})
+        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, step, attempt, 0, "mask_ratio"))
+        draw = torch.rand((), generator=generator).item()
+        joined = {name: torch.cat([lane[name] for lane in lanes]) for name in lanes[0]}
+        return Batch(step=step, mask_ratio_draw=draw, **joined)
 
     def batches(self, first_step: int, attempt: int = 0) -> Iterator[Batch]:
         """Endless batches from `first_step` on, read ahead by a thread. Errors of the thread are raised here."""

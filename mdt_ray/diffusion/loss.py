@@ -77,15 +77,17 @@ def p_mean_variance(model_output: torch.Tensor, x_t: torch.Tensor, t: torch.Tens
     return {"mean": _posterior_mean(x_0, x_t, t), "log_variance": log_variance, "x_0": x_0}
 
 
-def training_losses(model_output: torch.Tensor, x_0: torch.Tensor, x_t: torch.Tensor, eps: torch.Tensor,
-                    t: torch.Tensor) -> dict[str, torch.Tensor]:
+def training_losses(model_output: torch.Tensor, x_0: torch.Tensor, x_t: torch.Tensor, eps: torch.Tensor, t: torch.Tensor,
+                    min_snr_gamma: float | None = None, where: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """The hybrid loss of each sample: mean squared error of the noise plus the variational term in bits per dimension.
 
     Args:
         model_output: (B, 2C, h, w), noise then variance interpolation.
         x_0, x_t, eps: clean latents, noisy latents, the noise, (B, C, h, w).
         t: timesteps (B,), 0..999.
-    Returns: mse, vb, loss = mse + vb, each (B,) float32. The variational term does not reach the predicted noise.
+        min_snr_gamma: weigh the squared error by min(snr, gamma) / snr (arXiv 2303.09556, for noise prediction; MDTv2: 5).
+        where: means are taken over these latent pixels only, (B, 1, h, w) bool with at least one True a sample; None: all.
+    Returns: mse, vb, loss = weight mse + vb, each (B,) float32. The variational term does not reach the predicted noise.
     Raises ValueError if the output does not have twice the channels of x_0.
     """
     if model_output.shape[1] != 2 * x_0.shape[1] or model_output.shape[2:] != x_0.shape[2:]:
@@ -93,9 +95,25 @@ def training_losses(model_output: torch.Tensor, x_0: torch.Tensor, x_t: torch.Te
                          "the channels")
     model_output = model_output.float()
     predicted, v = model_output.chunk(2, dim=1)
-    mse = (predicted - eps).square().mean(dim=(1, 2, 3))  # (B,)
-    vb = _variational_bound(torch.cat([predicted.detach(), v], dim=1), x_0, x_t, t)  # (B,)
-    return {"mse": mse, "vb": vb, "loss": mse + vb}
+    mse = _mean((predicted - eps).square(), where)  # (B,)
+    bound = _variational_bound(torch.cat([predicted.detach(), v], dim=1), x_0, x_t, t)  # (B, C, h, w)
+    vb = _mean(bound, where)  # (B,)
+    weight = 1.0 if min_snr_gamma is None else min_snr_weight(t, min_snr_gamma)
+    return {"mse": mse, "vb": vb, "loss": weight * mse + vb}
+
+
+def min_snr_weight(t: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(snr, gamma) / snr with snr = abar_t / (1 - abar_t), of t's shape, float32 (arXiv 2303.09556 eq. 5)."""
+    s = schedule(t.device)
+    snr = (s.sqrt_alphas_cumprod[t] / s.sqrt_one_minus_alphas_cumprod[t]).square()
+    return snr.clamp(max=gamma) / snr
+
+
+def _mean(values: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+    """Mean of each sample over all, or the chosen, latent pixels. (B, C, h, w) -> (B,)"""
+    if where is None:
+        return values.mean(dim=(1, 2, 3))
+    return (values * where).sum(dim=(1, 2, 3)) / (where.sum(dim=(1, 2, 3)) * values.shape[1])
 
 
 def _posterior_mean(x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -104,7 +122,7 @@ def _posterior_mean(x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> to
 
 
 def _variational_bound(model_output: torch.Tensor, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """KL(q(x_{t-1} | x_t, x_0) || p), or at t = 0 the negative log-likelihood of x_0, in bits per dimension. (B,)"""
+    """KL(q(x_{t-1} | x_t, x_0) || p), or at t = 0 the negative log-likelihood of x_0, in bits. (B, C, h, w)"""
     p = p_mean_variance(model_output, x_t, t)
     q_mean = _posterior_mean(x_0, x_t, t)
     q_log_variance = _at(schedule(x_t.device).posterior_log_variance, t)
@@ -112,7 +130,7 @@ def _variational_bound(model_output: torch.Tensor, x_0: torch.Tensor, x_t: torch
                 + (q_mean - p["mean"]).square() * (-p["log_variance"]).exp())
     nll = -_discretised_log_likelihood(x_0, p["mean"], 0.5 * p["log_variance"])
     bound = torch.where(t[:, None, None, None] == 0, nll, kl)
-    return bound.mean(dim=(1, 2, 3)) / math.log(2)
+    return bound / math.log(2)
 
 
 def _discretised_log_likelihood(x: torch.Tensor, mean: torch.Tensor, log_scale: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """The parts that MDT and DiT are made of. No model here.
 
-B batch, L tokens, D width, H heads, C latent channels, h x w latent size, p patch size.
+B batch, L tokens in a grid of rows x columns, D width, H heads, C latent channels, h x w latent size, p patch size.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +18,36 @@ def init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def sincos_positions(width: int, side: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine table of MAE: half the features for the column, half for the row. (1, side^2, width)"""
+Grid = tuple[int, int]
+"""Rows and columns of tokens."""
+
+
+def sincos_positions(width: int, grid: Grid) -> torch.Tensor:
+    """Fixed 2-D sine-cosine table of MAE: half the features for the column, half for the row. (1, rows columns, width)"""
     omega = torch.exp(-math.log(10000) * torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega  # (side, D/4)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
-    columns = axis[None, :, :].expand(side, -1, -1)  # (side, side, D/2)
-    rows = axis[:, None, :].expand(-1, side, -1)  # (side, side, D/2)
-    return torch.cat([columns, rows], dim=2).reshape(1, side * side, width).float()  # (1, L, D)
+
+    def axis(length: int) -> torch.Tensor:
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * omega  # (length, D/4)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, D/2)
+
+    num_rows, num_columns = grid
+    columns = axis(num_columns)[None, :, :].expand(num_rows, -1, -1)  # (rows, columns, D/2)
+    rows = axis(num_rows)[:, None, :].expand(-1, num_columns, -1)  # (rows, columns, D/2)
+    return torch.cat([columns, rows], dim=2).reshape(1, num_rows * num_columns, width).float()  # (1, L, D)
 
 
-def relative_position_index(side: int) -> torch.Tensor:
-    """Row of the bias table for (query, key): (dh + side - 1)(2 side - 1) + (dw + side - 1), d = query - key. (L, L)"""
-    row, column = torch.arange(side * side) // side, torch.arange(side * side) % side
-    delta_row = row[:, None] - row[None, :] + side - 1  # (L, L)
-    delta_column = column[:, None] - column[None, :] + side - 1  # (L, L)
-    return delta_row * (2 * side - 1) + delta_column
+def num_relative_positions(grid: Grid) -> int:
+    """Rows of a relative position bias table: (2 rows - 1)(2 columns - 1)."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1)
+
+
+def relative_position_index(grid: Grid) -> torch.Tensor:
+    """Row of the bias table for (query, key): (dh + rows - 1)(2 columns - 1) + dw + columns - 1, d = query - key. (L, L)"""
+    num_rows, num_columns = grid
+    row, column = torch.arange(num_rows * num_columns) // num_columns, torch.arange(num_rows * num_columns) % num_columns
+    delta_row = row[:, None] - row[None, :] + num_rows - 1  # (L, L)
+    delta_column = column[:, None] - column[None, :] + num_columns - 1  # (L, L)
+    return delta_row * (2 * num_columns - 1) + delta_column
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -120,16 +135,21 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (DiT), and a relative position bias where asked (paper eq. 1)."""
+    """Transformer block with adaLN-Zero conditioning (DiT); a relative position bias (paper eq. 1) and a long skip (MDTv2)
+    where asked."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, num_relative_positions: int = 0):
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, num_relative_positions: int = 0, skip: bool = False):
         super().__init__()
+        self.skip_linear = nn.Linear(2 * width, width) if skip else None
         self.attn = Attention(width, num_heads, num_relative_positions)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, L, D), condition c (B, D), positions as in Attention -> (B, L, D)."""
+    def forward(self, x: torch.Tensor, c: torch.Tensor, positions: torch.Tensor | None = None,
+                skip: torch.Tensor | None = None) -> torch.Tensor:
+        """x and skip (B, L, D), condition c (B, D), positions as in Attention -> (B, L, D)."""
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=2))  # (B, L, D)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (B, D)
         x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), positions)
         return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
@@ -163,33 +183,47 @@ def layer_norm(x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-def unpatchify(tokens: torch.Tensor, side: int, patch_size: int) -> torch.Tensor:
-    """(B, side^2, p p C), laid out (p, q, channel), to (B, C, side p, side p)."""
-    batch = tokens.shape[0]
-    x = tokens.reshape(batch, side, side, patch_size, patch_size, -1)  # (B, h/p, w/p, p, p, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * patch_size, side * patch_size)  # (B, C, h, w)
+def unpatchify(tokens: torch.Tensor, grid: Grid, patch_size: int) -> torch.Tensor:
+    """(B, rows columns, p p C), laid out (p, q, channel), to (B, C, rows p, columns p)."""
+    batch, (num_rows, num_columns) = tokens.shape[0], grid
+    x = tokens.reshape(batch, num_rows, num_columns, patch_size, patch_size, -1)  # (B, rows, columns, p, p, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, num_rows * patch_size, num_columns * patch_size)  # (B, C, h, w)
 
 
 def init_embedders(model: nn.Module) -> None:
     """Label table and timestep MLP start at N(0, 0.02) (DiT)."""
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+    if model.y_embedder is not None:
+        nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
     nn.init.normal_(model.t_embedder.mlp[0].weight, std=0.02)
     nn.init.normal_(model.t_embedder.mlp[2].weight, std=0.02)
 
 
-def check_inputs(model: nn.Module, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> None:
+def condition(model: nn.Module, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+    """The condition c of timestep and label, or of the timestep alone in an unconditional model. (B, D)"""
+    c = model.t_embedder(t)
+    return c if model.y_embedder is None else c + model.y_embedder(y)
+
+
+def check_inputs(model: nn.Module, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None) -> None:
     """Raise ValueError unless x, t and y have the shapes that the model's config asks for."""
-    config = model.config
-    expected = (x.shape[0], config.in_channels, config.input_size, config.input_size)
+    expected = (x.shape[0], model.config.in_channels, *latent_size(model.config.input_size))
     if tuple(x.shape) != expected:
         raise ValueError(f"x has shape {tuple(x.shape)}: must be {('B', *expected[1:])}, as the model's config says")
+    if model.y_embedder is not None and y is None:
+        raise ValueError(f"y = None: the model has {model.config.num_classes} classes; give a label for each image")
     for name, value in (("t", t), ("y", y)):
-        if tuple(value.shape) != (x.shape[0],):
+        if value is not None and tuple(value.shape) != (x.shape[0],):
             raise ValueError(f"{name} has shape {tuple(value.shape)}: must be (B,) = ({x.shape[0]},)")
 
 
-def check_latent_shape(input_size: int, patch_size: int) -> int:
-    """Tokens per side. Raises ValueError if patches do not tile the latent."""
-    if input_size % patch_size:
+def latent_size(input_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a latent given by its side, or by both."""
+    return (input_size, input_size) if isinstance(input_size, int) else (input_size[0], input_size[1])
+
+
+def token_grid(input_size: int | Sequence[int], patch_size: int) -> Grid:
+    """Rows and columns of tokens. Raises ValueError if patches do not tile the latent."""
+    height, width = latent_size(input_size)
+    if height % patch_size or width % patch_size:
         raise ValueError(f"patch_size = {patch_size}: must divide the latent size {input_size}")
-    return input_size // patch_size
+    return height // patch_size, width // patch_size

@@ -8,6 +8,21 @@ from dataclasses import dataclass
 import torch
 
 
+def num_kept(length: int, ratio: float, multiple: int = 1) -> int:
+    """Kept tokens K = int(L (1 - ratio)), rounded down to a `multiple` (but not below one of them).
+
+    MDTv2 draws a ratio for every step; with K in a few sizes, every shape is compiled once and keys are aligned.
+    Raises ValueError for a ratio outside [0, 1), or one that keeps no token.
+    """
+    if not 0 <= ratio < 1:
+        raise ValueError(f"mask ratio = {ratio!r}: must be in [0, 1)")
+    # int() of the float product, as published: int(100 * (1 - 0.8)) is 19, not 20.
+    kept = int(length * (1 - ratio))
+    if kept == 0:
+        raise ValueError(f"mask ratio = {ratio!r}: keeps none of {length} tokens; use a smaller ratio")
+    return kept if kept < multiple else kept // multiple * multiple
+
+
 @dataclass(frozen=True)
 class Mask:
     """Kept tokens of each sample. `ids_keep` is in shuffled order; `ids_restore` undoes the shuffle."""
@@ -16,23 +31,27 @@ class Mask:
     ids_restore: torch.Tensor  # (B, L) int64
 
     @classmethod
-    def from_noise(cls, noise: torch.Tensor, ratio: float) -> "Mask":
-        """Keep the K = int(L (1 - ratio)) tokens of smallest noise.
+    def from_noise(cls, noise: torch.Tensor, ratio: float, multiple: int = 1) -> "Mask":
+        """Keep the K = num_kept(L, ratio, multiple) tokens of smallest noise.
 
         Args:
             noise: (B, L) float.
             ratio: share of hidden tokens, in [0, 1).
-        Raises ValueError for a ratio outside [0, 1), or one that keeps no token.
+        Raises ValueError as num_kept.
         """
-        if not 0 <= ratio < 1:
-            raise ValueError(f"mask ratio = {ratio!r}: must be in [0, 1)")
-        num_tokens = noise.shape[1]
-        # int() of the float product, as published: int(100 * (1 - 0.8)) is 19, not 20.
-        num_kept = int(num_tokens * (1 - ratio))
-        if num_kept == 0:
-            raise ValueError(f"mask ratio = {ratio!r}: keeps none of {num_tokens} tokens; use a smaller ratio")
+        kept = num_kept(noise.shape[1], ratio, multiple)
         ids_shuffle = noise.argsort(dim=1)  # (B, L)
-        return cls(ids_keep=ids_shuffle[:, :num_kept], ids_restore=ids_shuffle.argsort(dim=1))
+        return cls(ids_keep=ids_shuffle[:, :kept], ids_restore=ids_shuffle.argsort(dim=1))
+
+    @classmethod
+    def from_hidden(cls, hidden: torch.Tensor) -> "Mask":
+        """The mask of chosen hidden tokens, (B, L) bool. ValueError unless all samples hide equally many, and not all."""
+        counts = hidden.sum(dim=1)
+        if (counts != counts[0]).any() or counts[0] == hidden.shape[1]:
+            raise ValueError(f"hidden tokens = {counts.tolist()} of {hidden.shape[1]}: must be as many in every sample, and "
+                             "not all")
+        ids_shuffle = hidden.to(torch.uint8).argsort(dim=1, stable=True)  # (B, L), kept tokens first
+        return cls(ids_keep=ids_shuffle[:, :hidden.shape[1] - int(counts[0])], ids_restore=ids_shuffle.argsort(dim=1))
 
     @property
     def hidden(self) -> torch.Tensor:

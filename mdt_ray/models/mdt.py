@@ -1,10 +1,12 @@
-"""Masked Diffusion Transformer, version 1 (arXiv 2303.14389, section 4.3).
+"""Masked Diffusion Transformer (arXiv 2303.14389, section 4.3), and its version 2 (MDTv2).
 
 A DiT with learnable positions and relative position biases. In the masked pass of training the encoder sees only the kept
 tokens, and the side-interpolator predicts the hidden ones for the decoder; without a mask the side-interpolator is skipped.
 
 B batch, L tokens, K kept, D width, C latent channels, h x w latent size.
 """
+
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -14,94 +16,148 @@ from torch import nn
 from mdt_ray.models import layers
 from mdt_ray.models.masking import Mask
 
+MASKINGS = ("asymmetric", "symmetric", "none")
+
 
 class MDT(ModelMixin, ConfigMixin):
     """The denoiser eps, v = MDT(x_t, t, y); output channels are the noise, then the variance interpolation.
 
     Args:
-        input_size: side of the latent, h = w.
+        input_size: side of the latent, or (height, width), in latent pixels.
         patch_size: side of a token in latent pixels; must divide input_size.
         in_channels: latent channels C.
         hidden_size: token width D.
         depth: blocks, encoder (N1) and decoder (N2) together.
         num_heads: attention heads.
         mlp_ratio: width of the MLP over D.
-        num_classes: classes; label `num_classes` is the null label.
+        num_classes: classes; label `num_classes` is the null label. 0 makes an unconditional model, which takes no labels.
         class_dropout_prob: above 0, the null label has a row (the loss step drops the labels, not the model).
-        decode_layer: N2, the last blocks, which see all tokens.
-    Raises ValueError if patches do not tile the latent or decode_layer is not in [1, depth].
+        decode_layer: N2, the last blocks, which see all tokens (paper Table 4); 0 puts the side-interpolator after all.
+        long_skips: MDTv2. The first half of the encoder hands its outputs to the second half, last first, and every decoder
+            block takes the embedded patches; each joins them with a linear layer of its own.
+        masking: what the encoder sees in the masked pass (paper Table 5a): the kept tokens (asymmetric), or all of them with
+            the hidden ones replaced by the mask token (symmetric). `none`: a model without a masked pass (Table 5d).
+        num_side_blocks: blocks of the side-interpolator (Table 5b, 5f); with 0, the decoder gets the mask tokens themselves.
+        masked_shortcut: kept tokens pass the side-interpolator unchanged (Table 5c).
+        decoder_positions: add a position embedding before the side-interpolator, and before the decoder where there is none
+            (Table 5g).
+        learnable_positions: train the position embeddings (Table 5h); else they stay the sine-cosine table.
+        relative_position_bias: bias of attention by relative position (Table 5i).
+    Raises ValueError if patches do not tile the latent, decode_layer is not in [0, depth], or long skips meet an odd number
+    of encoder blocks.
     """
 
+    _no_split_modules: ClassVar = ["Block"]
+    _repeated_blocks: ClassVar = ["Block"]
+
     @register_to_config
-    def __init__(self, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 384,
-                 depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, num_classes: int = 1000,
-                 class_dropout_prob: float = 0.1, decode_layer: int = 2):
+    def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
+                 hidden_size: int = 384, depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0,
+                 num_classes: int = 1000, class_dropout_prob: float = 0.1, decode_layer: int = 2, long_skips: bool = False,
+                 masking: Literal["asymmetric", "symmetric", "none"] = "asymmetric", num_side_blocks: int = 1,
+                 masked_shortcut: bool = True, decoder_positions: bool = True, learnable_positions: bool = True,
+                 relative_position_bias: bool = True):
         super().__init__()
-        side = layers.check_latent_shape(input_size, patch_size)
-        if not 1 <= decode_layer <= depth:
-            raise ValueError(f"decode_layer = {decode_layer}: must be between 1 and depth = {depth}")
-        num_relative_positions = (2 * side - 1) ** 2
-        block = (hidden_size, num_heads, mlp_ratio, num_relative_positions)
+        self.grid = layers.token_grid(input_size, patch_size)
+        num_encoder = depth - decode_layer
+        if not 0 <= decode_layer <= depth:
+            raise ValueError(f"decode_layer = {decode_layer}: must be between 0 and depth = {depth}")
+        if masking not in MASKINGS:
+            raise ValueError(f"masking = {masking!r}: must be one of {', '.join(map(repr, MASKINGS))}")
+        if long_skips and num_encoder % 2:
+            raise ValueError(f"decode_layer = {decode_layer}: long skips pair the encoder's blocks, so depth - decode_layer "
+                             f"= {num_encoder} must be even")
+        num_bias = layers.num_relative_positions(self.grid) if relative_position_bias else 0
+
+        def blocks(num: int, num_without_skip: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                layers.Block(hidden_size, num_heads, mlp_ratio, num_bias, skip=long_skips and i >= num_without_skip)
+                for i in range(num))
+
+        def add_positions(name: str, wanted: bool = True) -> None:
+            table = layers.sincos_positions(hidden_size, self.grid) if wanted else None  # (1, L, D)
+            if wanted and learnable_positions:
+                self.register_parameter(name, nn.Parameter(table))
+            else:
+                self.register_buffer(name, table)
+
         self.x_embedder = layers.PatchEmbed(in_channels, patch_size, hidden_size)
         self.t_embedder = layers.TimestepEmbedder(hidden_size)
-        self.y_embedder = layers.LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.pos_embed = nn.Parameter(torch.empty(1, side * side, hidden_size))
-        self.decoder_pos_embed = nn.Parameter(torch.empty(1, side * side, hidden_size))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
-        self.blocks = nn.ModuleList(layers.Block(*block) for _ in range(depth))
-        self.sideblocks = nn.ModuleList([layers.Block(*block)])
+        self.y_embedder = layers.LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
+        add_positions("pos_embed")
+        add_positions("decoder_pos_embed", decoder_positions)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size)) if masking != "none" else None
+        self.blocks = blocks(depth, num_encoder // 2)
+        num_side_blocks = num_side_blocks if masking != "none" else 0
+        self.sideblocks = blocks(num_side_blocks, num_side_blocks)
         self.final_layer = layers.FinalLayer(hidden_size, patch_size, 2 * in_channels)
-        self.register_buffer("relative_position_index", layers.relative_position_index(side), persistent=False)
+        index = layers.relative_position_index(self.grid) if relative_position_bias else None
+        self.register_buffer("relative_position_index", index, persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """The published initialisation (paper section 5.1: as DiT)."""
-        side = self.config.input_size // self.config.patch_size
+        """The published initialisation (paper section 5.1: as DiT); positions start as the sine-cosine table."""
         self.apply(layers.init_linear)
         layers.init_embedders(self)
-        for positions in (self.pos_embed, self.decoder_pos_embed):
-            positions.data.copy_(layers.sincos_positions(self.config.hidden_size, side))
-        nn.init.normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
         for block in (*self.blocks, *self.sideblocks, self.final_layer):
             block.init_zero()
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, mask: Mask | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None,
+                mask: Mask | None = None) -> torch.Tensor:
         """Predict noise and variance.
 
         Args:
             x: noisy latents (B, C, h, w).
             t: timesteps (B,), 0..999.
-            y: labels (B,), 0..num_classes.
+            y: labels (B,), 0..num_classes; None in an unconditional model.
             mask: kept tokens of the masked pass; None is the full pass, as at inference.
-        Returns: (B, 2C, h, w). Raises ValueError for wrong shapes.
+        Returns: (B, 2C, h, w). Raises ValueError for wrong shapes, and for a mask where there is no masked pass.
         """
         layers.check_inputs(self, x, t, y)
-        num_encoder = self.config.depth - self.config.decode_layer
-        positions = self.relative_position_index  # (L, L)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
-        x = self.x_embedder(x) + self.pos_embed  # (B, L, D)
-        encoder_positions = positions
-        if mask is not None:
-            x = mask.keep(x)  # (B, K, D)
-            encoder_positions = mask.pairs(positions)  # (B, K, K)
-        for block in self.blocks[:num_encoder]:
-            x = block(x, c, encoder_positions)  # (B, K, D)
+        if mask is not None and self.mask_token is None:
+            raise ValueError("mask: this model has no masked pass (masking = 'none'); pass mask=None")
+        c = layers.condition(self, t, y)  # (B, D)
+        patches = self.x_embedder(x) + self.pos_embed  # (B, L, D)
+        x = self.encode(patches, c, mask)  # (B, K, D)
         x = self.interpolate(x, c, mask)  # (B, L, D)
-        for block in self.blocks[num_encoder:]:
-            x = block(x, c, positions)  # (B, L, D)
+        for block in self.blocks[self.config.depth - self.config.decode_layer:]:
+            x = block(x, c, self.relative_position_index, patches)  # (B, L, D)
         x = self.final_layer(x, c)  # (B, L, p p 2C)
-        return layers.unpatchify(x, self.config.input_size // self.config.patch_size, self.config.patch_size)
+        return layers.unpatchify(x, self.grid, self.config.patch_size)
+
+    def encode(self, x: torch.Tensor, c: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+        """Embedded patches (B, L, D) through the encoder: the kept ones, (B, K, D), or all, (B, L, D)."""
+        positions = self.relative_position_index  # (L, L)
+        if mask is not None and self.config.masking == "symmetric":
+            x = torch.where(mask.hidden[:, :, None], self.mask_token + self.pos_embed, x)  # (B, L, D)
+        elif mask is not None:
+            x = mask.keep(x)  # (B, K, D)
+            positions = mask.pairs(positions) if positions is not None else None  # (B, K, K)
+        skips = []
+        for block in self.blocks[:self.config.depth - self.config.decode_layer]:
+            if block.skip_linear is not None:
+                x = block(x, c, positions, skips.pop())  # (B, K, D)
+                continue
+            x = block(x, c, positions)  # (B, K, D)
+            if self.config.long_skips:
+                skips.append(x)
+        return x
 
     def interpolate(self, x: torch.Tensor, c: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Encoder output to decoder input, (B, K, D) -> (B, L, D): the side-interpolator and its masked shortcut.
 
         Hidden tokens take the interpolator's prediction, kept tokens pass through with their position added (the paper's
-        text; its formula has the two swapped).
+        text; its formula has the two swapped). Without a mask only the position is added.
         """
-        if mask is None:
-            return x + self.decoder_pos_embed
-        x = mask.restore(x, self.mask_token) + self.decoder_pos_embed  # (B, L, D)
+        if mask is not None and self.config.masking == "asymmetric":
+            x = mask.restore(x, self.mask_token)  # (B, L, D)
+        if self.decoder_pos_embed is not None:
+            x = x + self.decoder_pos_embed
+        if mask is None or not self.sideblocks:
+            return x
         predicted = x
         for block in self.sideblocks:
             predicted = block(predicted, c, self.relative_position_index)  # (B, L, D)
-        return torch.where(mask.hidden[:, :, None], predicted, x)
+        return torch.where(mask.hidden[:, :, None], predicted, x) if self.config.masked_shortcut else predicted

@@ -53,7 +53,7 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[Batch], config
 
         losses = module(batch)
         # A rank's share of the global mean: DDP averages over ranks, whose number of images may differ.
-        per_sample = losses["full"] + losses["masked"] if "masked" in losses else losses["full"]
+        per_sample = sum(losses[name] for name in ("full", "masked") if name in losses)  # (B,)
         (per_sample.sum() * world_size / config.batch_size).backward()
         grad_norm = clip_gradients(model, config.optim.clip_norm)
         # Decided on the device, after the all-reduce: every rank skips the same steps, without a host sync.

@@ -30,7 +30,7 @@ class Meters:
             dist.all_reduce(self._sums)
         means = (self._sums / (self._new_steps * self.batch_size)).tolist()
         row = {f"loss_{name}": value for name, value in zip(self._names, means, strict=True)}
-        row["loss"] = row["loss_full"] + row.get("loss_masked", 0.0)
+        row["loss"] = row.get("loss_full", 0.0) + row.get("loss_masked", 0.0)
         row["grad_norm"] = (self._grad_norm / self._new_steps).item()
         row["skipped_steps"] = int(self._skipped)
         row["images_per_second"] = self._new_steps * self.batch_size / (time.perf_counter() - self._start)

@@ -29,8 +29,8 @@ def resolve_model(config: ModelConfig, manifest: Manifest) -> ModelConfig:
         raise ValueError(f"latents have shape {tuple(manifest.shape)}: must be square; crop when precomputing")
     for name, value in found.items():
         asked = getattr(config, name)
-        if asked is None or asked == value:
-            continue
+        if asked is None or asked == value or (name == "num_classes" and asked == 0):
+            continue  # (0 classes: an unconditional model)
         if name == "num_classes" and asked > value:
             continue  # a small sample of a data set may lack its last classes
         raise ValueError(f"model.{name} = {asked}: the latents have {value}; "
@@ -72,14 +72,14 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     """
     device = torch.device(device)
     torch.manual_seed(config.seed)  # the weights' initial values; every other draw has a generator of its own
-    model = build_model(**config_io.to_dict(config.model)).train().to(device)
+    model = build_model(config.model, config.loss.passes).train().to(device)
     state = TrainState(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
                        optimizer=build_optimizer(model, config.optim))
     found = states.latest_checkpoint(config.output)
     if found:
         states.restore(state, found)
     dtype = autocast_dtype(config.precision, device)
-    step = TrainingStep(model, config.loss.mask_ratio, dtype)
+    step = TrainingStep(model, config.loss, dtype)
     module = DistributedDataParallel(step) if world_size > 1 else step
     side = config.model.input_size // config.model.patch_size
     loader_config = LoaderConfig(batch_size=config.batch_size, num_lanes=config.num_lanes, seed=config.seed,

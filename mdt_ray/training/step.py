@@ -1,44 +1,75 @@
 """The module that a training step calls once: full and masked pass and their losses. DDP wraps this, so it sees one forward.
 
-B images of this rank, C latent channels, h x w latent size.
+B images of this rank, L tokens, C latent channels, h x w latent size, p patch size.
 """
 
 import torch
 from torch import nn
 
+from mdt_ray import config_io
+from mdt_ray.config import LossConfig, ModelConfig
 from mdt_ray.data.loader import Batch
 from mdt_ray.diffusion import q_sample, training_losses
 from mdt_ray.models import MDT, DiT, Mask
 
+KEPT_MULTIPLE = 8
+"""Where the mask ratio is drawn for every step, kept tokens come in multiples of this."""
+MDT_ONLY = ("decode_layer", "masking", "num_side_blocks", "masked_shortcut", "decoder_positions", "learnable_positions",
+            "relative_position_bias")
 
-def build_model(kind: str, **config) -> MDT | DiT:
-    """A freshly initialised transformer; `config` are the constructor's arguments. ValueError as the constructors."""
+
+def build_model(config: ModelConfig, passes: str = "full+masked") -> MDT | DiT:
+    """A freshly initialised transformer; without a masked pass it gets no parts for one (DDP refuses unused parameters).
+
+    Raises ValueError as the constructors.
+    """
+    arguments = config_io.to_dict(config)
+    kind = arguments.pop("kind")
     if kind == "dit":
-        config.pop("decode_layer", None)
-        return DiT(**config)
-    return MDT(**config)
+        return DiT(**{name: value for name, value in arguments.items() if name not in MDT_ONLY})
+    if passes == "full":
+        arguments["masking"] = "none"
+    return MDT(**arguments, long_skips=kind == "mdt_v2")
 
 
 class TrainingStep(nn.Module):
-    """Losses of a batch: the same x_0 and t go through a full and, for MDT, a masked pass with noise and label drops of
-    their own (paper section 4.4; the two losses are added)."""
+    """Losses of a batch: the same x_0 and t go through a full and a masked pass with noise and label drops of their own
+    (paper section 4.4; the two losses are added). A model without masking has the full pass only."""
 
-    def __init__(self, model: MDT | DiT, mask_ratio: float, autocast_dtype: torch.dtype | None):
+    def __init__(self, model: MDT | DiT, loss: LossConfig, autocast_dtype: torch.dtype | None):
         super().__init__()
-        self.model, self.mask_ratio, self.autocast_dtype = model, mask_ratio, autocast_dtype
+        self.model, self.loss, self.autocast_dtype = model, loss, autocast_dtype
+        self.full = loss.passes != "masked"
+        self.masked = loss.passes != "full" and isinstance(model, MDT)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Per-sample losses (B,): full, and for MDT masked (each mse + vb), with their mse and vb parts detached."""
+        """Per-sample losses (B,): full and masked, as far as the passes go, with their mse and vb parts detached."""
+        losses = {}
         # One autocast region for both passes: weights are cast once.
         with torch.autocast(batch.x_0.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            losses = self._losses("full", batch, batch.eps_full, batch.y_full, None)
-            if isinstance(self.model, MDT):
-                mask = Mask.from_noise(batch.mask_noise, self.mask_ratio)
-                losses |= self._losses("masked", batch, batch.eps_masked, batch.y_masked, mask)
+            if self.full:
+                losses |= self._losses("full", batch, batch.eps_full, batch.y_full, None)
+            if self.masked:
+                losses |= self._losses("masked", batch, batch.eps_masked, batch.y_masked, self.mask(batch))
         return losses
+
+    def mask(self, batch: Batch) -> Mask:
+        """The step's mask; its ratio is the same on every rank."""
+        loss = self.loss
+        if loss.mask_ratio_span == 0:
+            return Mask.from_noise(batch.mask_noise, loss.mask_ratio)
+        ratio = loss.mask_ratio + loss.mask_ratio_span * batch.mask_ratio_draw
+        return Mask.from_noise(batch.mask_noise, ratio, KEPT_MULTIPLE)
 
     def _losses(self, name: str, batch: Batch, eps: torch.Tensor, y: torch.Tensor, mask: Mask | None) -> dict:
         x_t = q_sample(batch.x_0, batch.t, eps)  # (B, C, h, w)
         output = self.model(x_t, batch.t, y, mask=mask)  # (B, 2C, h, w)
-        losses = training_losses(output, batch.x_0, x_t, eps, batch.t)
+        where = self._pixels(mask.hidden) if mask is not None and self.loss.tokens == "masked" else None
+        losses = training_losses(output, batch.x_0, x_t, eps, batch.t, self.loss.min_snr_gamma, where)
         return {name: losses["loss"], f"{name}_mse": losses["mse"].detach(), f"{name}_vb": losses["vb"].detach()}
+
+    def _pixels(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L) to their latent pixels (B, 1, h, w)."""
+        patch_size = self.model.config.patch_size
+        tokens = hidden.reshape(-1, 1, *self.model.grid)  # (B, 1, h/p, w/p)
+        return tokens.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)

@@ -68,10 +68,39 @@ def test_guidance_table():
 
 
 @torch.no_grad()
-def test_guided_forward_equals_reference(vectors, vector_config):
-    model = official.load(with_prefix(vectors, "mdt_v1.weights."), vector_config)
+@pytest.mark.parametrize("origin", ["mdt_v1", "mdt_v2"])
+def test_guided_forward_equals_reference(vectors, vector_config, origin):
+    model = official.load(with_prefix(vectors, f"{origin}.weights."), vector_config)
     out = guided(model, 10, 3.8, 4, channels=3)(vectors["x"], vectors["t"], vectors["y"])
-    assert relative_error(out, vectors["mdt_v1.out_cfg_3.8_pow4"][:4]) <= 1e-4
+    assert relative_error(out, vectors[f"{origin}.out_cfg_3.8_pow4"][:4]) <= 1e-4
+
+
+def test_min_snr_weighs_the_squared_error_only(vectors):
+    x_0, eps, output = vectors["diff.x0"], vectors["diff.eps"], vectors["diff.model_output"]
+    t = torch.tensor([0, 200, 500, 999])
+    x_t = q_sample(x_0, t, eps)
+    plain, weighed = (training_losses(output, x_0, x_t, eps, t, min_snr_gamma=gamma) for gamma in (None, 5.0))
+    assert torch.equal(plain["mse"], weighed["mse"])
+    assert torch.equal(plain["vb"], weighed["vb"])
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
+    snr = (alphas_cumprod / (1 - alphas_cumprod))[t]
+    expected = torch.tensor([min(s, 5) / s for s in snr.tolist()])
+    torch.testing.assert_close((weighed["loss"] - weighed["vb"]) / weighed["mse"], expected, rtol=1e-4, atol=1e-6)
+    assert expected[0] < 1e-3  # nearly clean: weighs little
+    assert expected[3] == 1.0
+
+
+def test_losses_over_chosen_pixels(vectors):
+    x_0, eps, output, t = vectors["diff.x0"], vectors["diff.eps"], vectors["diff.model_output"], vectors["t"]
+    x_t = q_sample(x_0, t, eps)
+    everywhere = training_losses(output, x_0, x_t, eps, t)
+    where = torch.zeros(4, 1, 8, 8, dtype=torch.bool)
+    where[:, :, :, :4] = True
+    left, right = (training_losses(output, x_0, x_t, eps, t, where=w) for w in (where, ~where))
+    for name in ("mse", "vb", "loss"):
+        torch.testing.assert_close((left[name] + right[name]) / 2, everywhere[name])
+    cut = training_losses(output[..., :4], x_0[..., :4], x_t[..., :4], eps[..., :4], t)
+    torch.testing.assert_close(left["loss"], cut["loss"])
 
 
 def test_gradients_of_the_variational_term_do_not_reach_the_noise(vectors):

@@ -9,9 +9,13 @@ from tests.conftest import relative_error, with_prefix
 TINY = {"input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 48, "depth": 4, "num_heads": 4, "num_classes": 10}
 
 
+ORIGINS = ("mdt_v1", "mdt_v2", "dit")
+MASK_RATIO = {"mdt_v1": 0.3, "mdt_v2": 0.35}
+
+
 @pytest.fixture(scope="module")
-def mdt(vectors, vector_config) -> MDT:
-    return official.load(with_prefix(vectors, "mdt_v1.weights."), vector_config)
+def reference_models(vectors, vector_config) -> dict[str, torch.nn.Module]:
+    return {origin: official.load(with_prefix(vectors, f"{origin}.weights."), vector_config) for origin in ORIGINS}
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
@@ -26,18 +30,22 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def test_mdt_full_pass_equals_reference(mdt, vectors):
-    out = mdt(vectors["x"], vectors["t"], vectors["y"])
-    assert relative_error(out, vectors["mdt_v1.out_full"]) <= 1e-4
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_full_pass_equals_reference(reference_models, vectors, origin):
+    out = reference_models[origin](vectors["x"], vectors["t"], vectors["y"])
+    assert relative_error(out, vectors[f"{origin}.out_full"]) <= 1e-4
 
 
 @torch.no_grad()
-def test_mdt_masked_pass_equals_reference(mdt, vectors):
-    out = mdt(vectors["x"], vectors["t"], vectors["y"], mask=Mask.from_noise(vectors["mask_noise"], 0.3))
-    assert relative_error(out, vectors["mdt_v1.out_masked"]) <= 1e-4
+@pytest.mark.parametrize("origin", ["mdt_v1", "mdt_v2"])
+def test_masked_pass_equals_reference(reference_models, vectors, origin):
+    mask = Mask.from_noise(vectors["mask_noise"], MASK_RATIO[origin])
+    out = reference_models[origin](vectors["x"], vectors["t"], vectors["y"], mask=mask)
+    assert relative_error(out, vectors[f"{origin}.out_masked"]) <= 1e-4
 
 
-def test_mdt_gradients_equal_reference(mdt, vectors):
+def test_mdt_gradients_equal_reference(reference_models, vectors):
+    mdt = reference_models["mdt_v1"]
     mdt.zero_grad()
     mask = Mask.from_noise(vectors["mask_noise"], 0.3)
     x, t, y = vectors["x"], vectors["t"], vectors["y"]
@@ -54,16 +62,10 @@ def test_mdt_gradients_equal_reference(mdt, vectors):
         assert relative_error(ours, gradient[:len(ours)]) <= 1e-4, name
 
 
-@torch.no_grad()
-def test_dit_equals_reference(vectors, vector_config):
-    dit = official.load(with_prefix(vectors, "dit.weights."), vector_config)
-    assert isinstance(dit, DiT)
-    assert relative_error(dit(vectors["x"], vectors["t"], vectors["y"]), vectors["dit.out_full"]) <= 1e-4
-
-
 @pytest.mark.parametrize(("size", "mdt_count", "dit_count"), [
     ((384, 12, 6), 33_130_856, 32_865_056),
     ((768, 12, 12), 130_847_408, 130_315_808),
+    ((1024, 24, 16), 458_733_984, None),
     ((1152, 28, 16), 675_855_072, 674_834_720),
 ])
 def test_parameter_counts_are_the_papers(size, mdt_count, dit_count):
@@ -72,23 +74,26 @@ def test_parameter_counts_are_the_papers(size, mdt_count, dit_count):
         mdt, dit = (cls(hidden_size=width, depth=depth, num_heads=heads) for cls in (MDT, DiT))
     training_only = ("sideblocks.", "mask_token")
     assert sum(p.numel() for n, p in mdt.named_parameters() if not n.startswith(training_only)) == mdt_count
-    assert sum(p.numel() for p in dit.parameters()) == dit_count
+    assert dit_count in (None, sum(p.numel() for p in dit.parameters()))
 
 
 def test_sincos_positions_by_hand():
-    table = layers.sincos_positions(8, 3)[0].double()
+    table = layers.sincos_positions(8, (2, 3))[0].double()
     row, column = 1, 2
     omega = torch.tensor([1.0, 0.01], dtype=torch.float64)
     expected = torch.cat([f(torch.tensor(place) * omega) for place in (column, row) for f in (torch.sin, torch.cos)])
     torch.testing.assert_close(table[row * 3 + column], expected, atol=1e-6, rtol=0)
 
 
-def test_relative_bias_depends_on_query_minus_key():
-    side, index = 3, layers.relative_position_index(3)
-    for q in range(9):
-        for k in range(9):
-            dh, dw = q // side - k // side, q % side - k % side
-            assert index[q, k] == (dh + side - 1) * (2 * side - 1) + dw + side - 1
+@pytest.mark.parametrize("grid", [(3, 3), (2, 4)])
+def test_relative_bias_depends_on_query_minus_key(grid):
+    rows, columns = grid
+    index = layers.relative_position_index(grid)
+    for q in range(rows * columns):
+        for k in range(rows * columns):
+            dh, dw = q // columns - k // columns, q % columns - k % columns
+            assert index[q, k] == (dh + rows - 1) * (2 * columns - 1) + dw + columns - 1
+    assert index.max() == layers.num_relative_positions(grid) - 1
 
 
 # Invariant
@@ -111,23 +116,69 @@ def test_side_interpolator_leaves_kept_tokens_untouched():
 def test_hidden_tokens_do_not_reach_the_output():
     """The masked pass must not see the pixels of hidden tokens."""
     model = randomised(MDT(**TINY, class_dropout_prob=0.1))
-    mask = sample_mask(1, 16, 0.5, torch.Generator().manual_seed(2))
-    x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([3])
-    pixels = mask.hidden.reshape(1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    changed = torch.where(pixels, torch.randn_like(x), x)
+    mask, x, changed = with_hidden_pixels_changed()
+    t, y = torch.tensor([5]), torch.tensor([3])
     assert torch.equal(model(x, t, y, mask=mask), model(changed, t, y, mask=mask))
     assert not torch.equal(model(x, t, y), model(changed, t, y))
 
 
+def with_hidden_pixels_changed():
+    mask, x = sample_mask(1, 16, 0.5, torch.Generator().manual_seed(2)), torch.randn(1, 4, 8, 8)
+    pixels = mask.hidden.reshape(1, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return mask, x, torch.where(pixels, torch.randn_like(x), x)
+
+
 @torch.no_grad()
-def test_a_fresh_model_predicts_zero():
-    for model in (MDT(**TINY), DiT(**TINY)):
-        assert not model(torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([0, 10])).any()
+def test_long_skips_show_hidden_tokens_to_the_decoder_only():
+    """MDTv2's decoder takes the embedded patches of the whole sequence, its encoder the kept ones."""
+    model = randomised(MDT(**TINY, long_skips=True))
+    mask, x, changed = with_hidden_pixels_changed()
+    c = torch.randn(1, 48)
+    encoded = [model.encode(model.x_embedder(v) + model.pos_embed, c, mask) for v in (x, changed)]
+    assert torch.equal(*encoded)
+    t, y = torch.tensor([5]), torch.tensor([3])
+    assert not torch.equal(model(x, t, y, mask=mask), model(changed, t, y, mask=mask))
 
 
-def test_every_parameter_gets_a_gradient():
+MODELS = {"mdt": lambda **c: MDT(**TINY, **c), "mdt v2": lambda **c: MDT(**TINY, long_skips=True, **c),
+          "dit": lambda **c: DiT(**TINY, **c)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_fresh_model_predicts_zero(kind):
+    assert not MODELS[kind]()(torch.randn(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([0, 10])).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls", [MDT, DiT])
+@pytest.mark.parametrize(("input_size", "in_channels", "patch_size"), [
+    (16, 32, 1),  # VA-VAE at 256 pixels
+    (32, 16, 2),  # Flux
+    (32, 4, 4), (32, 4, 8), ((16, 24), 4, 2)])
+def test_any_latent_shape(cls, input_size, in_channels, patch_size):
+    model = randomised(cls(input_size=input_size, in_channels=in_channels, patch_size=patch_size, hidden_size=32, depth=2,
+                           num_heads=2, num_classes=3, **({"decode_layer": 1} if cls is MDT else {})))
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    x = torch.randn(2, in_channels, height, width)
+    out = model(x, torch.tensor([0, 999]), torch.tensor([0, 3]))
+    assert out.shape == (2, 2 * in_channels, height, width)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_unconditional_model_takes_no_labels(kind):
+    config = TINY | {"num_classes": 0}
+    model = randomised(DiT(**config) if kind == "dit" else MDT(**config, long_skips=kind == "mdt v2"))
+    assert not any("y_embedder" in name for name, _ in model.named_parameters())
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 4])
+    assert torch.equal(model(x, t), model(x, t, torch.tensor([5, 6])))
+
+
+@pytest.mark.parametrize("kind", ["mdt", "mdt v2"])
+def test_every_parameter_gets_a_gradient(kind):
     """DDP refuses unused ones."""
-    model = randomised(MDT(**TINY))
+    model = randomised(MODELS[kind]())
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 10])
     (model(x, t, y).square().mean() + model(x, t, y, mask=sample_mask(2, 16, 0.3)).square().mean()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
@@ -142,8 +193,8 @@ def test_null_label_exists_only_with_label_dropout():
 
 
 def test_save_and_load_is_bit_equal(tmp_path):
-    for model in (randomised(MDT(**TINY)), randomised(DiT(**TINY))):
-        folder = tmp_path / type(model).__name__
+    for kind, make in MODELS.items():
+        model, folder = randomised(make()), tmp_path / kind
         model.save_pretrained(folder)
         loaded = type(model).from_pretrained(folder, low_cpu_mem_usage=False)
         assert loaded.state_dict().keys() == model.state_dict().keys()
@@ -164,18 +215,11 @@ def test_wrong_shapes_are_named():
         model(torch.zeros(1, 4, 8, 8), torch.tensor([0]), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="patch_size = 3: must divide the latent size 8"):
         MDT(**{**TINY, "patch_size": 3})
+    with pytest.raises(ValueError, match="y = None: the model has 10 classes"):
+        model(torch.zeros(1, 4, 8, 8), torch.tensor([0]))
     with pytest.raises(ValueError, match="decode_layer = 5"):
         MDT(**TINY, decode_layer=5)
+    with pytest.raises(ValueError, match=r"depth - decode_layer = 3 must be even"):
+        MDT(**TINY, decode_layer=1, long_skips=True)
     with pytest.raises(ValueError, match="DiT has no masked pass"):
         DiT(**TINY)(torch.zeros(1, 4, 8, 8), torch.tensor([0]), torch.tensor([0]), mask=sample_mask(1, 16, 0.5))
-
-
-def test_official_names_what_does_not_fit(vectors, vector_config):
-    weights = with_prefix(vectors, "mdt_v1.weights.")
-    with pytest.raises(ValueError, match="neither the published MDT v1 layout"):
-        official.load({"foo": torch.zeros(1)}, vector_config)
-    missing = {k: v for k, v in weights.items() if k != "mask_token"}
-    with pytest.raises(ValueError, match="mask_token"):
-        official.load(missing, vector_config)
-    with pytest.raises(ValueError, match="check input_size and patch_size"):
-        official.load(weights, vector_config | {"input_size": 16})

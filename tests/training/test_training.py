@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mdt_ray import config_io, storage
-from mdt_ray.config import EmaConfig, ModelConfig, OptimConfig
+from mdt_ray.config import EmaConfig, LossConfig, ModelConfig, OptimConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.models import MDT, DiT
@@ -100,6 +100,67 @@ def test_it_learns(folder, tmp_path, kind):
     assert last["loss"] < first["loss"]
 
 
+@pytest.mark.parametrize(("passes", "columns"), [
+    ("full+masked", {"loss_full", "loss_masked"}), ("full", {"loss_full"}), ("masked", {"loss_masked"})])
+def test_passes_are_those_asked_for(folder, tmp_path, passes, columns):
+    """Paper Table 5d. Losses are added; without a masked pass the model has no parts for one."""
+    state = run(tiny_training(folder, tmp_path, num_steps=3, loss=LossConfig(passes=passes)))
+    row = state.history[-1]
+    assert columns == row.keys() & {"loss_full", "loss_masked"}
+    assert row["loss"] == pytest.approx(sum(row[c] for c in columns))
+    assert (state.model.mask_token is None) == (passes == "full")
+
+
+@pytest.mark.parametrize("options", [
+    {"masking": "symmetric"}, {"num_side_blocks": 0}, {"num_side_blocks": 3}, {"masked_shortcut": False},
+    {"decode_layer": 0}, {"decoder_positions": False}, {"learnable_positions": False},
+    {"relative_position_bias": False}, {"num_classes": 0},
+    {"kind": "mdt_v2", "depth": 4, "decode_layer": 2}], ids=str)
+def test_every_choice_of_the_model_trains(folder, tmp_path, options):
+    base = {"patch_size": 1, "hidden_size": 32, "depth": 3, "num_heads": 2, "decode_layer": 1}
+    config = tiny_training(folder, tmp_path, num_steps=2, checkpoint_every_steps=1, model=ModelConfig(**base | options))
+    state = run(config)
+    for name, value in options.items():
+        if name != "kind":
+            assert state.model.config[name] == value
+    again = run(dataclasses.replace(config, num_steps=3))  # its checkpoint opens
+    assert again.step == 3
+
+
+def test_loss_on_masked_tokens_only(folder, tmp_path):
+    """Paper Table 5e: changing what is predicted for kept tokens does not change the masked pass's loss."""
+    _, state, step, loader = prepared(folder, tmp_path, loss=LossConfig(tokens="masked", mask_ratio=0.5))
+    batch = loader.batch(0)
+    hidden = step.mask(batch).hidden.reshape(-1, 1, 4, 4)
+    torch.manual_seed(1)
+    outputs = [torch.randn(24, 8, 4, 4)] * 3
+    outputs[1] = torch.where(hidden, outputs[0], torch.randn(24, 8, 4, 4))
+    outputs[2] = torch.where(hidden, torch.randn(24, 8, 4, 4), outputs[0])
+    found = []
+    for output in outputs:
+        state.model.forward = lambda *args, output=output, **kwargs: output
+        found.append(step(batch))
+    assert torch.allclose(found[0]["masked"], found[1]["masked"])
+    assert not torch.isclose(found[0]["masked"], found[2]["masked"]).any()
+    assert not torch.isclose(found[0]["full"], found[1]["full"]).any()
+
+
+def test_the_mask_ratio_is_drawn_from_its_span(tmp_path):
+    """MDTv2: a ratio for each step in [0.3, 0.5], the same on all ranks, with kept tokens in multiples of 8."""
+    make_latents(tmp_path / "latents", side=8)
+    _, _, step, _ = prepared(tmp_path / "latents", tmp_path, loss=LossConfig(mask_ratio_span=0.2))
+    manifest = latents.open_manifest(str(tmp_path / "latents"))
+    loader_config = LoaderConfig(batch_size=24, num_lanes=12, seed=0, num_classes=10, class_dropout_prob=0.1, num_tokens=64)
+    ranks = [Loader(str(tmp_path / "latents"), manifest, loader_config, rank, 3) for rank in range(3)]
+    counts = []
+    for number in range(40):
+        kept = {step.mask(rank.batch(number)).ids_keep.shape[1] for rank in ranks}
+        assert len(kept) == 1
+        counts += kept
+    assert set(counts) == {32, 40}  # of 64: ratio 0.5 keeps 32, 0.3 keeps 44
+    assert 8 < counts.count(40) < 32
+
+
 def test_bf16_stays_near_float32(folder, tmp_path):
     losses = [run(tiny_training(folder, tmp_path / p, precision=p, num_steps=10)).history[-1]["loss"]
               for p in ("fp32", "bf16")]
@@ -116,11 +177,11 @@ def prepared(folder, output, **changes):
     manifest = latents.open_manifest(str(folder))
     config = dataclasses.replace(config, model=resolve_model(config.model, manifest))
     torch.manual_seed(0)
-    model = build_model(**config_io.to_dict(config.model))
+    model = build_model(config.model, config.loss.passes)
     state = TrainState(model=model, ema=copy.deepcopy(model), optimizer=build_optimizer(model, config.optim))
     loader_config = LoaderConfig(batch_size=24, num_lanes=12, seed=0, num_classes=10, class_dropout_prob=0.1, num_tokens=16)
     loader = Loader(str(folder), manifest, loader_config, 0, 1)
-    return config, state, TrainingStep(model, 0.3, None), loader
+    return config, state, TrainingStep(model, config.loss, None), loader
 
 
 def poisoned(batches, steps):
