@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mdt_ray import config_io, presets
-from mdt_ray.config import EvaluateConfig, PrecomputeConfig, QuickstartConfig, TrainConfig, TuneConfig
+from mdt_ray.config import ConvertConfig, EvaluateConfig, PrecomputeConfig, QuickstartConfig, TrainConfig, TuneConfig
 
 JOBS: dict[str, tuple[type, str]] = {
     "precompute": (PrecomputeConfig, "images -> VAE latents in Parquet (Ray Data)"),
     "train": (TrainConfig, "latents -> checkpoints (Ray Train, DDP)"),
     "tune": (TuneConfig, "a sweep of training settings -> a ranked table (Ray Tune)"),
     "evaluate": (EvaluateConfig, "checkpoint -> samples -> FID, sFID, IS, precision, recall"),
+    "convert": (ConvertConfig, "weights of MDT, MDTv2, DiT or diffusers' DiT <-> checkpoints"),
     "quickstart": (QuickstartConfig, "all four in order, then a report page"),
 }
 
@@ -102,7 +103,11 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
 
 
 def _of_job(job: str, preset: QuickstartConfig) -> Any:
-    return preset if job == "quickstart" else getattr(preset, job)
+    if job == "quickstart":
+        return preset
+    if not hasattr(preset, job):
+        raise ValueError(f"{job} has no presets; give its settings")
+    return getattr(preset, job)
 
 
 def _preview(job: str, config: Any) -> str:
@@ -128,7 +133,7 @@ def _last_line(job: str, config: Any, result: Any) -> str:
     if job == "evaluate":
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
         return f"{numbers}\n{config.output}/metrics.json"
-    return f"report {result}"
+    return f"report {result}" if job == "quickstart" else result
 
 
 def _fail(job: str, error: Exception, code: int) -> int:

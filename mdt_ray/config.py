@@ -216,6 +216,8 @@ class TrainConfig:
     """Folder (URI) that `precompute` wrote; its content, not its place, is part of the identity."""
     output: str = operational("")
     """Folder (URI) for checkpoints and metrics."""
+    init_from: str = operational("")
+    """Weights to start from: a checkpoint, a published file or a diffusers DiT. Its content is part of the identity."""
     model: ModelConfig = ModelConfig()
     """The transformer."""
     loss: LossConfig = LossConfig()
@@ -336,6 +338,30 @@ class TuneConfig:
     def __post_init__(self):
         require(self.max_concurrent_trials >= 1, "max_concurrent_trials", self.max_concurrent_trials,
                 "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Job `convert`: weights of MDT, MDTv2, DiT or diffusers' DiT <-> checkpoints. The shapes show nearly all settings."""
+
+    source: str = operational("")
+    """A .pt, .pth or .safetensors file, a diffusers folder, or (for a way back) a checkpoint of ours."""
+    output: str = operational("")
+    """Folder (URI) for the checkpoint; for a way back a .pt file, or a folder for diffusers_dit."""
+    to: Literal["mdt_ray", "mdt_v1", "mdt_v2", "dit", "diffusers_dit"] = "mdt_ray"
+    """Ours, or the layout of the way back."""
+    vae: VaeConfig = VaeConfig()
+    """The autoencoder that the weights were trained with; it is named in the checkpoint."""
+    num_heads: int | None = None
+    """Attention heads, where the shapes do not show them (a DiT of another width than S, B, L, XL)."""
+    decode_layer: int | None = None
+    """Decoder blocks of an MDT v1 (2 in all published ones)."""
+    input_size: int | None = None
+    """Side of the latent, where the tokens do not show it."""
+    class_dropout_prob: float | None = None
+    """0 if the label table has no null label."""
+    weights: Literal["ema", "model"] = "ema"
+    """For a way back: averaged or raw weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mdt_ray import config_io
+from mdt_ray import checkpoints, config_io
 from mdt_ray.config import EmaConfig, ModelConfig, OptimConfig, TrainConfig
 from mdt_ray.data import latents
 from mdt_ray.training import state as states
@@ -73,7 +73,7 @@ def write_latents(folder: Path) -> None:
 
 def compare(straight: Path, resumed: Path) -> list[str]:
     """What differs between the two last checkpoints, times aside."""
-    a, b = (Path(states.latest_checkpoint(str(output))) for output in (straight, resumed))
+    a, b = (Path(checkpoints.latest(str(output))) for output in (straight, resumed))
     differences = []
     for name in ("model/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors", "optimizer.pt"):
         if (a / name).read_bytes() != (b / name).read_bytes():

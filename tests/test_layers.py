@@ -9,16 +9,17 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "mdt_ray"
-BASE = {"config", "config_io", "presets", "storage", "run_folder"}
+BASE = {"config", "config_io", "presets", "storage", "run_folder", "checkpoints"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "models": BASE | {"models"},
     "diffusion": BASE | {"diffusion"},
     "data": BASE | {"data"},
-    "training": BASE | {"models", "diffusion", "data", "training"},
-    "evaluation": BASE | {"models", "diffusion", "data", "evaluation"},
-    "report": BASE | {"models", "diffusion", "data", "training", "evaluation", "report"},
-    "jobs": BASE | {"models", "diffusion", "data", "training", "evaluation", "report", "jobs"},
+    "training": BASE | {"models", "diffusion", "data", "inference", "training"},
+    "inference": BASE | {"models", "diffusion", "data", "inference"},
+    "evaluation": BASE | {"models", "diffusion", "data", "inference", "evaluation"},
+    "report": BASE | {"models", "diffusion", "data", "training", "inference", "evaluation", "report"},
+    "jobs": BASE | {"models", "diffusion", "data", "training", "inference", "evaluation", "report", "jobs"},
     "cli": BASE,
     "__init__": set(),
 }

@@ -17,8 +17,8 @@ from mdt_ray.data import images
 from mdt_ray.evaluation import metrics
 from mdt_ray.evaluation.digits import IMAGE_SIZE, load_digits_features
 from mdt_ray.evaluation.features import Extractor
-from mdt_ray.evaluation.sampler import Sampler, labels_of
 from mdt_ray.evaluation.statistics import FeatureStatistics
+from mdt_ray.inference.sampler import Sampler, labels_of
 
 EXTRACTORS = {"digits": load_digits_features}
 IMAGE_SIZES = {"digits": IMAGE_SIZE}

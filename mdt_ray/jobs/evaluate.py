@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from mdt_ray import config_io, run_folder, storage
+from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import EvaluateConfig
 from mdt_ray.data import images
 from mdt_ray.evaluation import chunks
-from mdt_ray.evaluation.sampler import Sampler
+from mdt_ray.inference.sampler import Sampler
 from mdt_ray.jobs import fanout, progress, session
-from mdt_ray.training import state as states
 
 METRICS = "metrics.json"
 
@@ -59,13 +58,13 @@ class Plan:
 
 def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
     """Resolve checkpoint, reference and identity. Raises ValueError for what is missing or does not fit."""
-    checkpoint = states.resolve_checkpoint(storage.absolute(config.checkpoint))
+    checkpoint = checkpoints.resolve(storage.absolute(config.checkpoint))
     reference = config.reference if config.reference == "digits" else storage.absolute(config.reference)
     config = dataclasses.replace(config, checkpoint=checkpoint, reference=reference, output=storage.absolute(config.output))
     facts = storage.read_json(storage.join(checkpoint, "state.json"))
     chunks.check_extractor(config.extractor, facts["image_size"])
     sources = images.list_source(config.reference)
-    checkpoint_hash = storage.sha256(storage.read_bytes(storage.join(checkpoint, states.CHECKSUMS)))[:16]
+    checkpoint_hash = storage.sha256(storage.read_bytes(storage.join(checkpoint, checkpoints.CHECKSUMS)))[:16]
     fingerprint = config_io.fingerprint([images.source_fingerprint(sources), config.extractor, facts["image_size"],
                                          config.chunk_size])
     run = run_folder.describe("evaluate", config, {"checkpoint": checkpoint_hash, "reference": fingerprint})

@@ -5,10 +5,9 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-from mdt_ray import report, storage
+from mdt_ray import checkpoints, report, storage
 from mdt_ray.config import EvaluateConfig, QuickstartConfig
 from mdt_ray.jobs import evaluate, precompute, train, tune
-from mdt_ray.training import state as states
 
 STAGES = "stages.json"
 
@@ -16,14 +15,14 @@ STAGES = "stages.json"
 def resolve(config: QuickstartConfig) -> QuickstartConfig:
     """The settings of all jobs with their folders below config.output."""
     root = storage.absolute(config.output)
-    latents, checkpoints = storage.join(root, "latents"), storage.join(root, "train")
+    latents, trained = storage.join(root, "latents"), storage.join(root, "train")
     return dataclasses.replace(
         config, output=root,
         precompute=dataclasses.replace(config.precompute, output=latents),
-        train=dataclasses.replace(config.train, latents=latents, output=checkpoints),
+        train=dataclasses.replace(config.train, latents=latents, output=trained),
         tune=dataclasses.replace(config.tune, output=storage.join(root, "tune"),
                                  train=dataclasses.replace(config.tune.train, latents=latents)),
-        evaluate=dataclasses.replace(config.evaluate, checkpoint=checkpoints, output=storage.join(root, "evaluate")))
+        evaluate=dataclasses.replace(config.evaluate, checkpoint=trained, output=storage.join(root, "evaluate")))
 
 
 def quickstart(config: QuickstartConfig) -> str:
@@ -48,9 +47,9 @@ def evaluations_of(config: QuickstartConfig) -> dict[str, EvaluateConfig]:
     root, guided = config.evaluate.output, config.evaluate
     sampling = dataclasses.replace(guided.sampling, cfg_scale=1.0)
     found = {"guided": dataclasses.replace(guided, output=storage.join(root, "guided"))}
-    checkpoints = states.list_checkpoints(config.train.output)
-    for uri in checkpoints:
-        if uri != checkpoints[-1] and states.step_of(uri) % (config.train.keep_every_steps or config.train.num_steps):
+    finished = checkpoints.list_finished(config.train.output)
+    for uri in finished:
+        if uri != finished[-1] and checkpoints.step_of(uri) % (config.train.keep_every_steps or config.train.num_steps):
             continue
         name = "unguided-" + uri.rpartition("/")[2]
         found[name] = dataclasses.replace(guided, checkpoint=uri, sampling=sampling, output=storage.join(root, name))

@@ -11,12 +11,12 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchTrainer, get_device
 
-from mdt_ray import config_io, run_folder, storage
+from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import TrainConfig
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
+from mdt_ray.inference import convert
 from mdt_ray.jobs import fanout, progress, session
-from mdt_ray.training import state as states
 from mdt_ray.training.loop import TrainingDiverged
 from mdt_ray.training.run import resolve_model, run_rank
 
@@ -33,13 +33,17 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, Manifest, dict]:
     """
     manifest = latents.open_manifest(config.latents)
     config = dataclasses.replace(config, latents=storage.absolute(config.latents), output=storage.absolute(config.output),
+                                 init_from=storage.absolute(config.init_from) if config.init_from else "",
                                  model=resolve_model(config.model, manifest))
-    return config, manifest, run_folder.describe("train", config, {"latents": manifest.content})
+    inputs = {"latents": manifest.content}
+    if config.init_from:
+        inputs["init_from"] = convert.fingerprint_of(config.init_from)
+    return config, manifest, run_folder.describe("train", config, inputs)
 
 
 def is_finished(config: TrainConfig) -> bool:
     """Whether a checkpoint of config.num_steps or beyond is there."""
-    return states.steps_done(config.output) >= config.num_steps
+    return checkpoints.steps_done(config.output) >= config.num_steps
 
 
 def train(config: TrainConfig) -> str:
@@ -54,7 +58,7 @@ def train(config: TrainConfig) -> str:
         with run_folder.claim(config.output, run) as token:
             session.start()
             _fit_with_retries(config, run, token)
-    return states.resolve_checkpoint(config.output)
+    return checkpoints.resolve(config.output)
 
 
 def _fit_with_retries(config: TrainConfig, run: dict, token: str) -> None:
@@ -71,7 +75,7 @@ def _fit_with_retries(config: TrainConfig, run: dict, token: str) -> None:
 
 
 def _fit(config: TrainConfig, run: dict, token: str) -> None:
-    first = states.steps_done(config.output)
+    first = checkpoints.steps_done(config.output)
     with progress.bar(config.num_steps * config.batch_size, "image", "train", first * config.batch_size) as bar:
 
         def show(row: dict[str, Any]) -> None:

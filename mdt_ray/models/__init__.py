@@ -2,7 +2,7 @@
 
 from mdt_ray.models import official
 from mdt_ray.models.dit import DiT
-from mdt_ray.models.masking import Mask, sample_mask
+from mdt_ray.models.masking import Mask, num_kept, sample_mask
 from mdt_ray.models.mdt import MDT
 
-__all__ = ["MDT", "DiT", "Mask", "official", "sample_mask"]
+__all__ = ["MDT", "DiT", "Mask", "num_kept", "official", "sample_mask"]

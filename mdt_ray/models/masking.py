@@ -69,6 +69,10 @@ class Mask:
         shuffled = torch.cat([kept, mask_token.to(kept.dtype).expand(batch, num_hidden, width)], dim=1)
         return shuffled.gather(1, self.ids_restore[:, :, None].expand(-1, -1, width))
 
+    def repeat(self, times: int) -> "Mask":
+        """The masks of a batch that holds every sample `times` times, one batch after the other (as guidance does)."""
+        return Mask(ids_keep=self.ids_keep.repeat(times, 1), ids_restore=self.ids_restore.repeat(times, 1))
+
     def pairs(self, table: torch.Tensor) -> torch.Tensor:
         """Rows and columns of the kept tokens of a (L, L) table: (B, K, K)."""
         return table[self.ids_keep[:, :, None], self.ids_keep[:, None, :]]

@@ -76,8 +76,8 @@ def infer_config(state_dict: StateDict, **known: Any) -> dict[str, Any]:
     width, in_channels, patch_size, _ = patches.shape
     config = {"patch_size": patch_size, "in_channels": in_channels, "hidden_size": width}
     if output.shape[0] != 2 * in_channels * patch_size**2:
-        raise ValueError(f"the final layer has {output.shape[0]} outputs: must be 2 x {in_channels} channels x {patch_size}^2 "
-                         "pixels; a model without a learned variance is not supported")
+        raise ValueError(f"the final layer has {output.shape[0]} outputs: must be 2 x {in_channels} channels x "
+                         f"{patch_size}^2; a model without a learned variance is not supported")
     config["class_dropout_prob"] = known.get("class_dropout_prob", 0.1)
     config["num_classes"] = 0 if labels is None else labels.shape[0] - (config["class_dropout_prob"] > 0)
     if diffusers:
@@ -209,8 +209,8 @@ def _merge(name: str, theirs: tuple[str, ...], tensors: list[torch.Tensor]) -> t
         return torch.cat(tensors)
     for other, tensor in zip(theirs, tensors, strict=True):
         if not torch.equal(tensor, tensors[0]):
-            raise ValueError(f"state_dict: {other!r} differs from {theirs[0]!r}; DiT has one {name!r} for all blocks, as the "
-                             "published weights do")
+            raise ValueError(f"state_dict: {other!r} differs from {theirs[0]!r}: must be equal, as DiT has one {name!r} for "
+                             "all blocks")
     return tensors[0]
 
 

@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mdt_ray import config_io, storage
+from mdt_ray import checkpoints, config_io, storage
 from mdt_ray.config import ModelConfig, TrainConfig
 from mdt_ray.data.latents import Manifest
 from mdt_ray.data.loader import Loader, LoaderConfig
+from mdt_ray.inference.convert import load_any
+from mdt_ray.models.transfer import transfer
 from mdt_ray.training import loop
 from mdt_ray.training import state as states
 from mdt_ray.training.optim import build_optimizer
@@ -20,6 +22,8 @@ from mdt_ray.training.step import TrainingStep, build_model
 
 logger = logging.getLogger(__name__)
 METRICS = "metrics.parquet"
+INIT_FROM = "init_from.txt"
+"""In a training output: what was taken from the weights that it started from, and what is new."""
 
 
 def resolve_model(config: ModelConfig, manifest: Manifest) -> ModelConfig:
@@ -73,9 +77,15 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     device = torch.device(device)
     torch.manual_seed(config.seed)  # the weights' initial values; every other draw has a generator of its own
     model = build_model(config.model, config.loss.passes).train().to(device)
+    found = checkpoints.latest(config.output)
+    if config.init_from and not found:
+        done = transfer(model, load_any(config.init_from))
+        if rank == 0:
+            text = "\n  ".join([f"started from {config.init_from}:", *done.lines()])
+            logger.info("%s", text)
+            storage.write_bytes(storage.join(config.output, INIT_FROM), f"{text}\n".encode())
     state = TrainState(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
                        optimizer=build_optimizer(model, config.optim))
-    found = states.latest_checkpoint(config.output)
     if found:
         states.restore(state, found)
     dtype = autocast_dtype(config.precision, device)

@@ -9,7 +9,6 @@
 """
 
 import json
-import logging
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -19,12 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mdt_ray import storage
+from mdt_ray import checkpoints, storage
+from mdt_ray.checkpoints import CHECKPOINTS, CHECKSUMS
 from mdt_ray.models import MDT, DiT
-
-logger = logging.getLogger(__name__)
-CHECKPOINTS = "checkpoints"
-CHECKSUMS = "checksums.json"
 
 
 @dataclass
@@ -40,21 +36,12 @@ class TrainState:
     """Rows of metrics logged so far."""
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def step_of(uri: str) -> int:
-    """The step in a checkpoint's name."""
-    return int(uri.rpartition("step-")[2].partition("?")[0])
-
-
 def save_checkpoint(state: TrainState, output: str, run: dict, facts: dict) -> str:
     """Write a checkpoint whole; returns its URI.
 
     `run` is the content of run.json; `facts` are stored in state.json beside the step.
     """
-    uri = storage.join(output, CHECKPOINTS, checkpoint_name(state.step))
+    uri = storage.join(output, CHECKPOINTS, checkpoints.name(state.step))
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "checkpoint"
         state.model.save_pretrained(folder / "model")
@@ -64,10 +51,7 @@ def save_checkpoint(state: TrainState, output: str, run: dict, facts: dict) -> s
         (folder / "state.json").write_text(json.dumps(values, indent=1))
         (folder / "run.json").write_text(json.dumps(run, indent=1))
         write_metrics(state.history, str(folder / "metrics.parquet"))
-        sums = {str(f.relative_to(folder)): storage.sha256(f.read_bytes())
-                for f in sorted(folder.rglob("*")) if f.is_file()}
-        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
-        storage.publish_folder(folder, uri, last=CHECKSUMS)
+        checkpoints.publish(folder, uri)
     return uri
 
 
@@ -80,50 +64,6 @@ def write_metrics(history: list[dict], uri: str) -> None:
 
 def read_metrics(uri: str) -> list[dict]:
     return pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()
-
-
-def list_checkpoints(output: str) -> list[str]:
-    """URIs of finished checkpoints of a training output, oldest first."""
-    folder = storage.join(output, CHECKPOINTS)
-    names = [n for n in storage.list_names(folder) if n.startswith("step-") and ".tmp-" not in n]
-    return [storage.join(folder, n) for n in names if storage.exists(storage.join(folder, n, CHECKSUMS))]
-
-
-def damage(uri: str) -> str | None:
-    """What is wrong with a checkpoint on disk, by its checksums; None if nothing is."""
-    try:
-        for name, expected in storage.read_json(storage.join(uri, CHECKSUMS)).items():
-            if storage.sha256(storage.read_bytes(storage.join(uri, *name.split("/")))) != expected:
-                return f"{name} does not have its checksum"
-    except FileNotFoundError as error:
-        return f"{error.filename or error} is missing"
-    return None
-
-
-def latest_checkpoint(output: str) -> str | None:
-    """The newest undamaged checkpoint of a training output, or None. A damaged one is passed over with a warning."""
-    for uri in reversed(list_checkpoints(output)):
-        fault = damage(uri)
-        if fault is None:
-            return uri
-        logger.warning("checkpoint %s is damaged (%s); taking the one before it", uri, fault)
-    return None
-
-
-def steps_done(output: str) -> int:
-    """The step of the newest undamaged checkpoint, 0 if there is none."""
-    found = latest_checkpoint(output)
-    return step_of(found) if found else 0
-
-
-def resolve_checkpoint(uri: str) -> str:
-    """A checkpoint folder: `uri` itself, or the newest one of the training output `uri`. Raises ValueError if none."""
-    if storage.exists(storage.join(uri, CHECKSUMS)):
-        return uri
-    found = latest_checkpoint(uri)
-    if found is None:
-        raise ValueError(f"checkpoint = {uri!r}: neither a checkpoint nor a training output with one; run `mdt-ray train`")
-    return found
 
 
 def restore(state: TrainState, uri: str) -> None:
@@ -140,8 +80,8 @@ def restore(state: TrainState, uri: str) -> None:
 
 def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int) -> None:
     """Delete all but the newest `keep_last` checkpoints and those at a multiple of `keep_every_steps` (0: none)."""
-    for uri in list_checkpoints(output)[:-keep_last]:
-        if not keep_every_steps or step_of(uri) % keep_every_steps:
+    for uri in checkpoints.list_finished(output)[:-keep_last]:
+        if not keep_every_steps or checkpoints.step_of(uri) % keep_every_steps:
             # The mark of a whole checkpoint goes first, so that a kill in between leaves no half of one.
             storage.remove(storage.join(uri, CHECKSUMS))
             storage.remove(uri)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mdt_ray import storage
+from mdt_ray import checkpoints, storage
 from mdt_ray.training import state as states
 from tests import harness
 from tests.helpers import make_latents
@@ -87,7 +87,7 @@ def test_train_goes_on_after_a_kill(folder, latents, environment, victim):
                                 when=lambda: any(killed.glob("checkpoints/step-*3[0-9]/checksums.json")))
     assert code == (-9 if victim == "driver" else 0), "Ray Train replaces a worker by itself"
     harness.run(command(killed.name), environment)
-    a, b = (states.latest_checkpoint(str(output)) for output in (straight, killed))
+    a, b = (checkpoints.latest(str(output)) for output in (straight, killed))
     for name in ("model/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors", "optimizer.pt"):
         assert storage.read_bytes(f"{a}/{name}") == storage.read_bytes(f"{b}/{name}"), name
     rows = [[{k: v for k, v in row.items() if k != "images_per_second"}

@@ -111,7 +111,7 @@ def test_it_names_what_does_not_fit(weights, vector_config):
         official.load(state_dict | {index: state_dict[index].T.contiguous()}, vector_config)
     with pytest.raises(ValueError, match="does not fit the config"):
         official.load(weights["dit"] | {"final_layer.linear.bias": torch.zeros(8)}, vector_config)
-    with pytest.raises(ValueError, match="16 outputs: must be 2 x 4 channels x 2\\^2"):
+    with pytest.raises(ValueError, match=r"16 outputs: must be 2 x 4 channels x 2\^2"):
         official.infer_config(weights["dit"] | {"final_layer.linear.bias": torch.zeros(16)}, num_heads=4)
     with pytest.raises(ValueError, match="num_heads: the shapes do not show it"):
         official.infer_config(weights["dit"])

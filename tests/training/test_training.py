@@ -8,13 +8,12 @@ import sys
 import pytest
 import torch
 
-from mdt_ray import config_io, storage
+from mdt_ray import checkpoints, config_io, storage
 from mdt_ray.config import EmaConfig, LossConfig, ModelConfig, OptimConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.models import MDT, DiT
 from mdt_ray.training import loop
-from mdt_ray.training import state as states
 from mdt_ray.training.ema import ema_decay, update_ema
 from mdt_ray.training.optim import build_optimizer, clip_gradients, learning_rate
 from mdt_ray.training.run import resolve_model, run_rank
@@ -246,13 +245,13 @@ def test_clipping_scales_to_the_norm():
 
 def test_a_checkpoint_opens_without_training_code(folder, tmp_path):
     state = run(tiny_training(folder, tmp_path, num_steps=10))
-    uri = states.latest_checkpoint(str(tmp_path))
+    uri = checkpoints.latest(str(tmp_path))
     model = MDT.from_pretrained(f"{uri}/ema", low_cpu_mem_usage=False)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.ema.state_dict().values(), strict=True))
     optimizer = torch.load(f"{uri}/optimizer.pt", weights_only=True)
     assert len(optimizer["state"]) == len(list(state.model.parameters()))
     assert storage.read_json(f"{uri}/state.json")["step"] == 10
-    assert states.damage(uri) is None
+    assert checkpoints.damage(uri) is None
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(folder, tmp_path, caplog):
@@ -262,7 +261,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(folder, tmp_path, ca
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert states.latest_checkpoint(str(tmp_path)).endswith("step-00000010")
+    assert checkpoints.latest(str(tmp_path)).endswith("step-00000010")
     assert "step-00000020 is damaged (model/diffusion_pytorch_model.safetensors does not have its checksum)" in caplog.text
 
 
@@ -270,7 +269,7 @@ def test_old_checkpoints_are_pruned_and_leftovers_cleared(folder, tmp_path):
     leftover = tmp_path / "checkpoints" / "step-00000005.tmp-123"
     leftover.mkdir(parents=True)
     run(tiny_training(folder, tmp_path, checkpoint_every_steps=4, keep_last=2, keep_every_steps=8))
-    names = [uri.rpartition("-")[2] for uri in states.list_checkpoints(str(tmp_path))]
+    names = [uri.rpartition("-")[2] for uri in checkpoints.list_finished(str(tmp_path))]
     assert names == ["00000000", "00000008", "00000016", "00000020"]
     assert not leftover.exists()
 
@@ -278,12 +277,12 @@ def test_old_checkpoints_are_pruned_and_leftovers_cleared(folder, tmp_path):
 def test_a_run_that_lost_its_folder_stops_before_it_writes(folder, tmp_path):
     with pytest.raises(RuntimeError, match="taken over by another run"):
         run(tiny_training(folder, tmp_path), may_write=lambda: False)
-    assert states.list_checkpoints(str(tmp_path)) == []
+    assert checkpoints.list_finished(str(tmp_path)) == []
 
 
 def test_missing_checkpoints_are_named(tmp_path):
     with pytest.raises(ValueError, match="neither a checkpoint nor a training output"):
-        states.resolve_checkpoint(str(tmp_path))
+        checkpoints.resolve(str(tmp_path))
 
 
 # Bad input

@@ -11,7 +11,7 @@ from mdt_ray import storage
 from mdt_ray.config import SamplingConfig, VaeConfig
 from mdt_ray.data.vae import load_vae
 from mdt_ray.diffusion.guidance import guided
-from mdt_ray.diffusion.sampling import sample
+from mdt_ray.diffusion.sampling import make_scheduler, sample
 from mdt_ray.models import MDT, DiT
 
 MODEL_CLASSES = {"MDT": MDT, "DiT": DiT}
@@ -49,7 +49,7 @@ class Sampler:
         self.num_classes, self.latent_shape = facts["num_classes"], tuple(facts["latent_shape"])
         self.model = load_model(checkpoint, config.weights).to(self.device)
         self.vae = load_vae(VaeConfig(path=facts["vae"]["path"], revision=facts["vae"]["revision"]), device)
-        if self.vae.weights_hash != facts["vae"]["weights_hash"]:
+        if facts["vae"]["weights_hash"] not in (None, self.vae.weights_hash):  # (a converted checkpoint does not say)
             raise ValueError(f"vae {facts['vae']['path']!r}: not the weights that the latents were made with; "
                              "fix its revision, or bring back the folder as it was")
         if config.cfg_scale != 1 and not self.model.config.class_dropout_prob:
@@ -63,8 +63,8 @@ class Sampler:
         config, denoiser = self.config, self._denoise
         if config.cfg_scale != 1:
             denoiser = guided(denoiser, self.num_classes, config.cfg_scale, config.cfg_power, config.cfg_channels)
-        latents = sample(denoiser, noise.to(self.device), labels.to(self.device), config.sampler,
-                         config.num_sampling_steps, generators)
+        latents = sample(denoiser, noise.to(self.device), labels.to(self.device),
+                         make_scheduler(config.sampler), config.num_sampling_steps, generators)
         return self.vae.decode(latents, config.round_pixels).cpu()
 
     def _denoise(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

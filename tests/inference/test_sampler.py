@@ -9,33 +9,15 @@ import pytest
 import torch
 
 from mdt_ray import storage
-from mdt_ray.config import EvaluateConfig, OptimConfig, SamplingConfig, VaeConfig
+from mdt_ray.config import EvaluateConfig, SamplingConfig, VaeConfig
 from mdt_ray.data import images
 from mdt_ray.data.vae import load_vae
 from mdt_ray.evaluation import chunks
 from mdt_ray.evaluation.digits import load_digits_features
-from mdt_ray.evaluation.sampler import Sampler, labels_of
+from mdt_ray.inference.sampler import Sampler, labels_of
 from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
-from mdt_ray.models import MDT
-from mdt_ray.training import state as states
-from mdt_ray.training.optim import build_optimizer
 
 SAMPLING = SamplingConfig(sampler="dpm-solver++", num_sampling_steps=5, cfg_scale=3.0)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    """A whole checkpoint of a small model with random weights, for the digits' VAE."""
-    torch.manual_seed(0)
-    model = MDT(input_size=4, patch_size=1, hidden_size=32, depth=3, num_heads=2, num_classes=10, decode_layer=1)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.1)
-    vae = load_vae(VaeConfig(path="digits"))
-    facts = {"vae": {"path": "digits", "revision": None, "scale": vae.scale, "shift": vae.shift,
-                     "weights_hash": vae.weights_hash},
-             "image_size": 32, "latent_shape": [4, 4, 4], "class_names": [str(c) for c in range(10)], "num_classes": 10}
-    state = states.TrainState(model=model, ema=model, optimizer=build_optimizer(model, OptimConfig()))
-    return states.save_checkpoint(state, str(tmp_path_factory.mktemp("checkpoint")), {}, facts)
 
 
 def evaluation(checkpoint: str, output, **changes) -> EvaluateConfig:

@@ -1,0 +1,71 @@
+"""Which checkpoints a folder holds and whether they are whole. Not what is in them: that is training/state.py."""
+
+import json
+import logging
+from pathlib import Path
+
+from mdt_ray import storage
+
+logger = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+CHECKSUMS = "checksums.json"
+
+
+def name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(uri: str) -> int:
+    """The step in a checkpoint's name."""
+    return int(uri.rpartition("step-")[2].partition("?")[0])
+
+
+def publish(folder: Path, uri: str) -> None:
+    """Move a finished local folder to `uri`, with the checksums of its files, which arrive last and mark it as whole."""
+    sums = {str(f.relative_to(folder)): storage.sha256(f.read_bytes()) for f in sorted(folder.rglob("*")) if f.is_file()}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    storage.publish_folder(folder, uri, last=CHECKSUMS)
+
+
+def list_finished(output: str) -> list[str]:
+    """URIs of finished checkpoints of a training output, oldest first."""
+    folder = storage.join(output, CHECKPOINTS)
+    found = [n for n in storage.list_names(folder) if n.startswith("step-") and ".tmp-" not in n]
+    return [storage.join(folder, n) for n in found if storage.exists(storage.join(folder, n, CHECKSUMS))]
+
+
+def damage(uri: str) -> str | None:
+    """What is wrong with a checkpoint on disk, by its checksums; None if nothing is."""
+    try:
+        for name, expected in storage.read_json(storage.join(uri, CHECKSUMS)).items():
+            if storage.sha256(storage.read_bytes(storage.join(uri, *name.split("/")))) != expected:
+                return f"{name} does not have its checksum"
+    except FileNotFoundError as error:
+        return f"{error.filename or error} is missing"
+    return None
+
+
+def latest(output: str) -> str | None:
+    """The newest undamaged checkpoint of a training output, or None. A damaged one is passed over with a warning."""
+    for uri in reversed(list_finished(output)):
+        fault = damage(uri)
+        if fault is None:
+            return uri
+        logger.warning("checkpoint %s is damaged (%s); taking the one before it", uri, fault)
+    return None
+
+
+def steps_done(output: str) -> int:
+    """The step of the newest undamaged checkpoint, 0 if there is none."""
+    found = latest(output)
+    return step_of(found) if found else 0
+
+
+def resolve(uri: str) -> str:
+    """A checkpoint folder: `uri` itself, or the newest one of the training output `uri`. Raises ValueError if none."""
+    if storage.exists(storage.join(uri, CHECKSUMS)):
+        return uri
+    found = latest(uri)
+    if found is None:
+        raise ValueError(f"checkpoint = {uri!r}: neither a checkpoint nor a training output with one; run `mdt-ray train`")
+    return found

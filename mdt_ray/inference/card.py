@@ -1,0 +1,72 @@
+"""The model card of a checkpoint: what was trained, on what, how, and how to use it, written from the run's own files."""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mdt_ray import storage
+
+HEAD = """---
+library_name: diffusers
+tags:
+- {tag}
+- diffusion
+- class-conditional
+{license}---
+
+# {title}
+
+    from mdt_ray.inference.pipeline import MDTPipeline
+    pipe = MDTPipeline.from_pretrained("<this folder>")
+    images = pipe({labels}guidance_scale=3.8, guidance_power=4, num_inference_steps=50).images
+
+"""
+NON_COMMERCIAL = "license: cc-by-nc-4.0\n"
+
+
+def model_card(checkpoint: str) -> str:
+    """The card's Markdown, from state.json, run.json, metrics.parquet and the model's config. Raises FileNotFoundError if
+    the checkpoint lacks the first, the second or the last."""
+    facts = storage.read_json(storage.join(checkpoint, "state.json"))
+    run = storage.read_json(storage.join(checkpoint, "run.json"))
+    model = {k: v for k, v in storage.read_json(storage.join(checkpoint, "ema", "config.json")).items() if k[0] != "_"}
+    origin = facts.get("origin")
+    kind = origin["layout"] if origin else run.get("config", {}).get("model", {}).get("kind", "mdt")
+    side = facts["image_size"]
+    title = f"{kind}, {model['depth']} blocks of width {model['hidden_size']}, patch {model['patch_size']}, {side}x{side}"
+    text = HEAD.format(tag="dit" if "dit" in kind else "masked-diffusion-transformer", title=title,
+                       license=NON_COMMERCIAL if origin else "",
+                       labels="class_labels=[0], " if model["num_classes"] else "")
+    text += _origin(origin) if origin else _training(checkpoint, facts, run)
+    text += _table("Model", model)
+    text += _table("Latents", {"VAE": facts["vae"]["path"], "revision": facts["vae"]["revision"],
+                               "shape": facts["latent_shape"], "classes": facts["num_classes"]})
+    return text + _table("Versions", run.get("versions", {}))
+
+
+def _training(checkpoint: str, facts: dict[str, Any], run: dict[str, Any]) -> str:
+    config = run.get("config", {})
+    rows = {"steps": facts["step"]}
+    if config:
+        rows |= {"images seen": facts["step"] * config["batch_size"], "batch size": config["batch_size"],
+                 "EMA decay": config["ema"]["decay"], "seed": config["seed"], "precision": config["precision"]}
+        rows |= {f"optim.{name}": value for name, value in config["optim"].items()}
+        rows |= {f"loss.{name}": value for name, value in config["loss"].items()}
+    uri = storage.join(checkpoint, "metrics.parquet")
+    history = pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist() if storage.exists(uri) else []
+    if history:
+        losses = {name: value for name, value in history[-1].items() if name.startswith("loss") and value is not None}
+        rows |= {name: f"{value:.4g}" for name, value in losses.items()}
+    return "Trained by `mdt-ray train`; the weights are the averaged (EMA) ones.\n\n" + _table("Training", rows)
+
+
+def _origin(origin: dict[str, Any]) -> str:
+    notes = "".join(f"- {note}\n" for note in origin["notes"])
+    return (f"Converted from `{origin['file']}` (layout {origin['layout']}, sha256 {origin['sha256']}).\n\n"
+            "**Licence.** Weights published with MDT and DiT are for non-commercial use (CC BY-NC 4.0); converting them "
+            f"does not change that.\n\n{notes}\n")
+
+
+def _table(title: str, rows: dict[str, Any]) -> str:
+    return f"## {title}\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items()) + "\n"

@@ -1,0 +1,137 @@
+"""Files of weights in and out: published .pt files, diffusers folders, our checkpoints. The naming is models/official.py."""
+
+import argparse
+import io
+import json
+import pickle
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save_file
+
+from mdt_ray import checkpoints, storage
+from mdt_ray.inference.labels import imagenet_classes
+from mdt_ray.inference.sampler import load_model
+from mdt_ray.models import MDT, DiT, official
+
+SPARE = "spare.safetensors"
+"""Beside a converted model: the published tensors that ours has no place for, so that a conversion back is bit-equal."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict of another origin, and what its own config says."""
+
+    tensors: official.StateDict
+    known: dict[str, Any]
+    sha256: str
+
+
+def read_weights(source: str) -> Weights:
+    """A file (.pt, .pth, .bin, .safetensors; path or URI) or a diffusers folder of a DiT.
+
+    Training checkpoints of DiT hold several state dicts: the averaged one, `ema`, is taken.
+    Raises ValueError if there is nothing, or it holds anything but tensors.
+    """
+    folder = next((f for f in (source, storage.join(source, "transformer"))
+                   if storage.exists(storage.join(f, "config.json"))), None)
+    if folder:
+        return _read_diffusers(folder)
+    try:
+        data = storage.read_bytes(source)
+    except OSError as error:
+        raise ValueError(f"source = {source!r}: no such file, nor a diffusers folder ({error})") from error
+    if source.partition("?")[0].endswith(".safetensors"):
+        return Weights(load_safetensors(data), {}, storage.sha256(data))
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # (DiT's training checkpoints keep their arguments)
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"source = {source!r}: not a file of plain tensors, and nothing else is opened "
+                         f"({str(error).splitlines()[0]}); save its state dict alone with torch.save") from error
+    for name in ("ema", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise ValueError(f"source = {source!r}: holds no state dict of tensors")
+    return Weights({k.removeprefix("module."): v for k, v in content.items()}, {}, storage.sha256(data))
+
+
+def _read_diffusers(folder: str) -> Weights:
+    config = storage.read_json(storage.join(folder, "config.json"))
+    if config.get("_class_name") != "DiTTransformer2DModel":
+        raise ValueError(f"source = {folder!r}: holds a {config.get('_class_name')}, not a DiTTransformer2DModel")
+    with tempfile.TemporaryDirectory() as parent:
+        local = storage.fetch_folder(folder, parent)
+        model = DiTTransformer2DModel.from_pretrained(local, low_cpu_mem_usage=False)
+        digests = [storage.sha256(f.read_bytes()) for f in sorted(Path(local).glob("*.safetensors"))]
+    known = {"num_heads": config["num_attention_heads"], "input_size": config["sample_size"]}
+    return Weights(model.state_dict(), known, storage.sha256("".join(digests).encode()))
+
+
+def write_checkpoint(converted: official.Converted, output: str, *, source: str, sha256: str, run: dict[str, Any],
+                     vae: dict[str, Any]) -> None:
+    """A checkpoint that MDTPipeline, `evaluate` and `train --init-from` open: ema/, state.json, run.json, and spare tensors.
+
+    vae: path and revision; its weights are not looked at.
+    """
+    config = converted.model.config
+    num_classes, size = config.num_classes, config.input_size
+    names = list(imagenet_classes()) if num_classes == 1000 else [str(c) for c in range(num_classes)]
+    facts = {"step": 0, "attempt": 0, "vae": vae | {"weights_hash": None}, "image_size": size * 8,
+             "latent_shape": [config.in_channels, size, size], "class_names": names, "num_classes": num_classes,
+             "origin": {"file": Path(source).name, "layout": converted.layout, "sha256": sha256, "notes": converted.notes}}
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "checkpoint"
+        converted.model.save_pretrained(folder / "ema")
+        (folder / "state.json").write_text(json.dumps(facts, indent=1))
+        (folder / "run.json").write_text(json.dumps(run, indent=1))
+        if converted.spare:
+            save_file(converted.spare, folder / SPARE)
+        checkpoints.publish(folder, output)
+
+
+def export_weights(source: str, layout: official.Layout, output: str, weights: str = "ema") -> None:
+    """Write the weights of a checkpoint of ours in another layout: a .pt file, or for diffusers_dit a folder.
+
+    Raises ValueError if that layout cannot hold them.
+    """
+    uri = checkpoints.resolve(source)
+    model, spare = load_model(uri, weights), None
+    if storage.exists(storage.join(uri, SPARE)):
+        spare = load_safetensors(storage.read_bytes(storage.join(uri, SPARE)))
+    state_dict = official.export(model, layout, spare)
+    if layout != "diffusers_dit":
+        buffer = io.BytesIO()
+        torch.save(state_dict, buffer)
+        return storage.write_bytes(output, buffer.getvalue())
+    transformer = DiTTransformer2DModel(**official.diffusers_config(model))
+    transformer.load_state_dict(state_dict, strict=True)
+    with tempfile.TemporaryDirectory() as parent:
+        transformer.save_pretrained(Path(parent) / "transformer")
+        storage.publish_folder(Path(parent) / "transformer", output, last="config.json")
+    return None
+
+
+def fingerprint_of(source: str) -> str:
+    """A name of the weights at `source` by their content. Raises ValueError if there are none."""
+    if not _is_ours(source):
+        return read_weights(source).sha256[:16]
+    return storage.sha256(storage.read_bytes(storage.join(checkpoints.resolve(source), checkpoints.CHECKSUMS)))[:16]
+
+
+def _is_ours(source: str) -> bool:
+    return any(storage.exists(storage.join(source, name)) for name in (checkpoints.CHECKSUMS, checkpoints.CHECKPOINTS))
+
+
+def load_any(source: str) -> MDT | DiT:
+    """The model of a checkpoint of ours, of a training output, or of any file or folder that can be converted."""
+    if _is_ours(source):
+        return load_model(checkpoints.resolve(source), "ema")
+    weights = read_weights(source)
+    return official.load(weights.tensors, official.infer_config(weights.tensors, **weights.known))

@@ -1,0 +1,105 @@
+"""MDTInpaintPipeline: fill in the masked part of an image (paper appendix C). The side-interpolator stays in use.
+
+B images, L tokens, C latent channels, h x w latent, H x W image.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from mdt_ray.diffusion.sampling import sample
+from mdt_ray.inference.pipeline import Generators, MDTPipeline
+from mdt_ray.models import Mask, num_kept
+
+
+class MDTInpaintPipeline(MDTPipeline):
+    """Opens whatever MDTPipeline opens. Known tokens follow the image through the noise, hidden ones are drawn.
+
+    With MDTv2 the denoiser is the masked pass of training: its encoder sees the known tokens only, the side-interpolator
+    predicts the hidden ones, and the decoder gets the noisy patches through its skips. The masked pass of MDT v1 (and of a
+    DiT, which has none) never sees the noise of a hidden token, so that its best prediction of it is zero, and trained
+    models do predict zero: they inpaint by the full pass.
+    """
+
+    @torch.inference_mode()
+    def __call__(self, image: Any, mask_image: Any = None, mask_ratio: float | None = None,
+                 class_labels: int | str | Sequence[int | str] | None = None, guidance_scale: float = 1.0,
+                 guidance_power: float = 0.0, num_inference_steps: int = 50, generator: Generators = None,
+                 guidance_channels: int | None = None, side_interpolator: bool | None = None, output_type: str = "pil",
+                 return_dict: bool = True) -> ImagePipelineOutput | tuple:
+        """Fill in images.
+
+        Args:
+            image: PIL image(s), or an array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1].
+            mask_image: white (above 0.5) where to fill in: as `image`, with one channel; one for all or one for each. A
+                token is hidden if any pixel of it is.
+            mask_ratio: instead, hide this share of the tokens at random (`hidden_tokens` draws them).
+            class_labels: one for each image; None for the null label (or an unconditional model).
+            side_interpolator: use the masked pass; None does where the model can (MDTv2).
+            others: as in MDTPipeline.
+        Raises ValueError for a mask that hides nothing or all, or (for the masked pass) unlike numbers of tokens in the
+        images of one call, and for a side-interpolator where the model cannot use it.
+        """
+        config = self.transformer.config
+        can = config.get("long_skips", False) and config.get("masking") != "none"
+        if side_interpolator and not can:
+            raise ValueError("side_interpolator = True: this model's masked pass never sees the noise of hidden tokens and "
+                             "predicts none (MDTv2's does); leave it out")
+        pixels = self.image_processor.preprocess(image).to(self._execution_device, self.vae.dtype)  # (B, 3, H, W), [-1, 1]
+        x_0 = self._encode(pixels)  # (B, C, h, w)
+        hidden = self.hidden_tokens(len(x_0), mask_image, mask_ratio, generator).to(x_0.device)  # (B, L)
+        y = self._known_labels(class_labels, len(x_0))  # (B,)
+        denoiser = self._denoise
+        if can and side_interpolator is not False:
+            mask = Mask.from_hidden(hidden)
+
+            def denoiser(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                return self.transformer(x.to(self.transformer.dtype), t, y, mask=mask.repeat(len(x) // len(hidden)))
+
+        denoiser = self._guided(denoiser, guidance_scale, guidance_power, guidance_channels)
+        tokens = hidden.reshape(-1, 1, *self.transformer.grid)  # (B, 1, h/p, w/p)
+        where = tokens.repeat_interleave(config.patch_size, 2).repeat_interleave(config.patch_size, 3)  # (B, 1, h, w)
+        noise = self._noise(len(y), generator, None)
+        x = sample(denoiser, noise, y, self.scheduler, num_inference_steps, generator, self.progress_bar, (x_0, where))
+        return self._finish(x, output_type, return_dict)
+
+    def hidden_tokens(self, batch: int, mask_image: Any = None, mask_ratio: float | None = None,
+                      generator: Generators = None) -> torch.Tensor:
+        """Which tokens a mask hides, (B, L) bool. Raises ValueError unless one mask is given, and hides some but not all."""
+        if (mask_image is None) == (mask_ratio is None):
+            raise ValueError("mask_image, mask_ratio: give one of the two")
+        rows, columns = self.transformer.grid
+        if mask_ratio is not None:
+            kept = num_kept(rows * columns, mask_ratio)
+            draws = randn_tensor((batch, rows * columns), generator=generator, device=self._execution_device)
+            hidden = draws.argsort(dim=1).argsort(dim=1) >= kept  # (B, L)
+        else:
+            side = (rows * self._token_pixels(), columns * self._token_pixels())
+            picture = self.image_processor.preprocess(mask_image, *side)  # (1 or B, channels, H, W) in [-1, 1]
+            white = (picture.mean(dim=1, keepdim=True) > 0).float()
+            hidden = torch.nn.functional.max_pool2d(white, self._token_pixels()).flatten(1).bool()  # (1 or B, L)
+            hidden = hidden.expand(batch, -1)
+        if not hidden.any(dim=1).all() or hidden.all(dim=1).any():
+            raise ValueError(f"mask: hides {hidden.sum(dim=1).tolist()} of {rows * columns} tokens: must hide some, not all")
+        return hidden
+
+    def _token_pixels(self) -> int:
+        return self.transformer.config.patch_size * self.image_processor.config.vae_scale_factor
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        mean = self.vae.encode(pixels).latent_dist.mean.float()
+        x_0 = (mean - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        self._noise(len(x_0), None, x_0)  # (checks the size)
+        return x_0
+
+    def _known_labels(self, class_labels: Any, batch: int) -> torch.Tensor:
+        config = self.transformer.config
+        if class_labels is None and config.num_classes and config.class_dropout_prob:
+            return torch.full((batch,), config.num_classes, device=self._execution_device)
+        y = self._labels(class_labels, batch)
+        if len(y) != batch:
+            raise ValueError(f"class_labels: {len(y)} for {batch} images; give one for each")
+        return y
