@@ -55,7 +55,7 @@ def usage() -> str:
              "The same command again goes on where it stopped.", "", "jobs:"]
     lines += [f"  {name:<11} {text}" for name, (_, text) in JOBS.items()]
     lines += ["", "presets:"]
-    lines += [f"  {name:<20} {(function.__doc__ or '').splitlines()[0]}" for name, function in presets.PRESETS.items()]
+    lines += [f"  {name:<37} {text}" for name, text in presets.OVERVIEW.items()]
     return "\n".join([*lines, "", "mdt-ray <job> --help lists the settings of a job."])
 
 
@@ -84,7 +84,7 @@ def parse(job: str, arguments: list[str]) -> Any:
 
     return tyro.cli(Command, args=arguments, prog=f"mdt-ray {job}", default=Command(settings=default),
                     description=f"{text}.\n\nusage: mdt-ray {job} [preset] [--config FILE.toml|.json] "
-                                f"[--debug] [settings]\n\npresets: {', '.join(presets.PRESETS)}")
+                                f"[--debug] [settings]\n\npresets: {', '.join(presets.OVERVIEW)}")
 
 
 def run(job: str, config: Any, dry_run: bool = False) -> str:
@@ -96,7 +96,7 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("output", *(f for f in ("latents", "source", "checkpoint", "reference") if hasattr(config, f))):
         if not getattr(config, name):
-            raise ValueError(f"--{name}: not given; name it, or start from a preset ({', '.join(presets.PRESETS)})")
+            raise ValueError(f"--{name}: not given; name it, or start from a preset ({', '.join(presets.OVERVIEW)})")
     module = importlib.import_module(f"mdt_ray.jobs.{job}")
     result = getattr(module, job)(config)
     return _last_line(job, config, result)

@@ -169,8 +169,10 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimiser and its learning rate."""
 
+    name: Literal["adamw", "adan"] = "adamw"
+    """AdamW (the paper), or Adan (MDTv2)."""
     lr: float = 3e-4
     """Peak learning rate."""
     weight_decay: float = 0.0

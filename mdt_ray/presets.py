@@ -1,5 +1,6 @@
 """Named settings for all four jobs; each number names its source."""
 
+import functools
 from collections.abc import Callable
 
 from mdt_ray import config_io
@@ -51,53 +52,54 @@ def digits() -> QuickstartConfig:
     return QuickstartConfig(output="runs/digits", precompute=precompute, train=training, tune=sweep, evaluate=evaluation)
 
 
-def _imagenet256(name: str, model: ModelConfig) -> QuickstartConfig:
-    """The paper's recipe (section 5.1): AdamW 3e-4 constant, batch 256, no decay, EMA 0.9999, mask ratio 0.3."""
-    root = f"runs/imagenet256-{name}"
-    training = TrainConfig(latents="runs/imagenet256/latents", output=f"{root}/train", model=model, precision="bf16",
-                           workers=WorkersConfig(num_workers=8, cpus_per_worker=4, gpus_per_worker=1))
-    evaluation = EvaluateConfig(checkpoint=f"{root}/train", output=f"{root}/evaluate",
-                                workers=WorkersConfig(num_workers=8, cpus_per_worker=4, gpus_per_worker=1))
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+"""Width, blocks, heads (paper Table 6; L is DiT's and not in the paper)."""
+PATCHES = (1, 2, 4, 8)
+V2_DECODE_LAYER = {"s": 6, "b": 6, "l": 4, "xl": 4}
+"""Published for S and XL; B as S, which is as deep, L as XL."""
+V2_LR = {"s": 5e-4, "b": 5e-4, "l": 3e-4, "xl": 3e-4}
+
+
+def imagenet256(kind: str, size: str, patch_size: int) -> QuickstartConfig:
+    """ImageNet at 256 pixels with a model of `kind` (mdt_v1, mdt_v2, dit), one of SIZES, and one of PATCHES.
+
+    v1 is the paper's recipe (section 5.1): AdamW 3e-4 constant, batch 256, no decay, EMA 0.9999, mask ratio 0.3, N2 = 2. DiT
+    runs by the same (paper Table 2). v2 is MDTv2's: Adan, clipped, ratio in [0.3, 0.5], min-SNR 5. Side and channels of the
+    latents come from the latents, so that any autoencoder will do.
+    """
+    width, depth, heads = SIZES[size]
+    v2 = kind == "mdt_v2"
+    name = _name(kind, size, patch_size)
+    root = f"runs/{name}"
+    workers = WorkersConfig(num_workers=8, cpus_per_worker=4, gpus_per_worker=1)
+    training = TrainConfig(
+        latents="runs/imagenet256/latents", output=f"{root}/train", precision="bf16", workers=workers,
+        model=ModelConfig(kind=kind, num_classes=1000, patch_size=patch_size, hidden_size=width, depth=depth,
+                          num_heads=heads, decode_layer=V2_DECODE_LAYER[size] if v2 else 2),
+        loss=LossConfig(mask_ratio=0.3, mask_ratio_span=0.2, min_snr_gamma=5.0) if v2 else LossConfig(mask_ratio=0.3),
+        optim=OptimConfig(name="adan", lr=V2_LR[size], clip_norm=1.0) if v2 else OptimConfig(lr=3e-4))
+    evaluation = EvaluateConfig(checkpoint=f"{root}/train", output=f"{root}/evaluate", workers=workers)
     return QuickstartConfig(
         output=root, train=training, evaluate=evaluation,
-        precompute=PrecomputeConfig(output="runs/imagenet256/latents", flip=True,
-                                    workers=WorkersConfig(num_workers=8, cpus_per_worker=4, gpus_per_worker=1)),
+        precompute=PrecomputeConfig(output="runs/imagenet256/latents", flip=True, workers=workers),
         tune=TuneConfig(output=f"{root}/tune", train=training, evaluate=evaluation))
 
 
-def _imagenet_model(hidden_size: int, depth: int, num_heads: int, kind: str = "mdt_v1") -> ModelConfig:
-    """Latents 32x32x4, patch 2, decoder of 2 blocks, label dropout 0.1 (paper section 5.1 and Table 6)."""
-    return ModelConfig(kind=kind, input_size=32, in_channels=4, num_classes=1000, hidden_size=hidden_size, depth=depth,
-                       num_heads=num_heads)
+def _name(kind: str, size: str, patch_size: int) -> str:
+    return f"imagenet256-{ {'mdt_v1': '', 'mdt_v2': 'v2-', 'dit': 'dit-'}[kind] }{size}-{patch_size}"
 
 
-def imagenet256_s_2() -> QuickstartConfig:
-    """MDT-S/2: 12 blocks of width 384, 6 heads (paper Table 6)."""
-    return _imagenet256("s-2", _imagenet_model(384, 12, 6))
+PRESETS: dict[str, Callable[[], QuickstartConfig]] = {"digits": digits} | {
+    _name(kind, size, patch_size): functools.partial(imagenet256, kind, size, patch_size)
+    for kind in ("mdt_v1", "mdt_v2", "dit") for size in SIZES for patch_size in PATCHES}
 
-
-def imagenet256_b_2() -> QuickstartConfig:
-    """MDT-B/2: 12 blocks of width 768, 12 heads (paper Table 6)."""
-    return _imagenet256("b-2", _imagenet_model(768, 12, 12))
-
-
-def imagenet256_xl_2() -> QuickstartConfig:
-    """MDT-XL/2: 28 blocks of width 1152, 16 heads (paper Table 6)."""
-    return _imagenet256("xl-2", _imagenet_model(1152, 28, 16))
-
-
-def imagenet256_dit_s_2() -> QuickstartConfig:
-    """DiT-S/2, the baseline of paper Table 2."""
-    return _imagenet256("dit-s-2", _imagenet_model(384, 12, 6, kind="dit"))
-
-
-PRESETS: dict[str, Callable[[], QuickstartConfig]] = {
-    "digits": digits,
-    "imagenet256-s-2": imagenet256_s_2,
-    "imagenet256-b-2": imagenet256_b_2,
-    "imagenet256-xl-2": imagenet256_xl_2,
-    "imagenet256-dit-s-2": imagenet256_dit_s_2,
+OVERVIEW = {
+    "digits": "the embedded handwritten digits, minutes on two CPU cores",
+    "imagenet256-{s,b,l,xl}-{1,2,4,8}": "MDT of the paper, by size and patch: imagenet256-s-2",
+    "imagenet256-v2-{s,b,l,xl}-{1,2,4,8}": "MDTv2",
+    "imagenet256-dit-{s,b,l,xl}-{1,2,4,8}": "DiT, the baseline",
 }
+"""For people: the names of PRESETS, families joined."""
 
 
 def preset(name: str) -> QuickstartConfig:
