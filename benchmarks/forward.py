@@ -57,7 +57,8 @@ def main() -> None:
         suffix = "" if name == "fp32" else "_bf16"
         figures[f"full_pass_time_vs_diffusers_dit{suffix}"] = seconds["full"] / seconds["diffusers DiT"]
         figures[f"masked_to_full_time{suffix}"] = seconds["masked"] / seconds["full"]
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     print(json.dumps({"name": "forward", "machine": machine, "figures": {k: round(v, 4) for k, v in figures.items()}}))
 
 

@@ -58,7 +58,7 @@ def ready(scheduler: SchedulerMixin, num_steps: int, device: torch.device | str 
     return scheduler
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(denoiser: Denoiser, noise: torch.Tensor, y: torch.Tensor, scheduler: SchedulerMixin, num_steps: int,
            generators: torch.Generator | list[torch.Generator] | None = None,
            progress: Callable[[Iterable], Iterable] = iter,

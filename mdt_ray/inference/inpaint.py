@@ -24,7 +24,7 @@ class MDTInpaintPipeline(MDTPipeline):
     models do predict zero: they inpaint by the full pass.
     """
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, image: Any, mask_image: Any = None, mask_ratio: float | None = None,
                  class_labels: int | str | Sequence[int | str] | None = None, guidance_scale: float = 1.0,
                  guidance_power: float = 0.0, num_inference_steps: int = 50, generator: Generators = None,

@@ -96,7 +96,7 @@ class MDTPipeline(DiffusionPipeline):
         if self.card is not None:
             Path(folder, CARD).write_text(self.card)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, class_labels: int | str | Sequence[int | str] | None = None, guidance_scale: float = 3.8,
                  guidance_power: float = 4.0, num_inference_steps: int = 50, generator: Generators = None,
                  guidance_channels: int | None = None, latents: torch.Tensor | None = None, num_images: int = 1,

@@ -193,6 +193,17 @@ def test_bf16_weights_and_compiled_blocks(checkpoint):
     torch.testing.assert_close(exact(class_labels=[1], generator=seeded(), **FEW).images, expected, atol=1e-4, rtol=0)
 
 
+def test_offload_and_loading_as_accelerate_does_it(pipe, tmp_path):
+    """With accelerate, from_pretrained builds models without memory and fills them; offload moves whole models."""
+    pipe.save_pretrained(tmp_path)
+    offloaded = MDTPipeline.from_pretrained(tmp_path)
+    offloaded.set_progress_bar_config(disable=True)
+    assert not any(tensor.is_meta for tensor in (*offloaded.transformer.parameters(), *offloaded.transformer.buffers()))
+    offloaded.enable_model_cpu_offload(device="cpu")
+    a, b = (p(class_labels=[1], generator=seeded(), **FEW).images for p in (offloaded, pipe))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
 def test_an_unconditional_model(tmp_path):
     pipe = MDTPipeline.from_pretrained(make_checkpoint(tmp_path, num_classes=0))
     pipe.set_progress_bar_config(disable=True)

@@ -1,0 +1,49 @@
+"""What the documents say still holds: commands parse, names exist, links lead somewhere."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+
+from mdt_ray import config_io, presets
+from mdt_ray.cli import JOBS, parse
+from mdt_ray.config import TrainConfig
+from tests.conftest import ROOT
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("benchmarks/*.md")])
+
+
+def commands() -> list[str]:
+    found = []
+    for path in DOCUMENTS:
+        text = re.sub(r"\\\n\s*", " ", path.read_text())
+        found += [line.strip().partition("  #")[0] for line in text.splitlines() if line.startswith("    mdt-ray ")]
+    return [line for line in found if "<job>" not in line and "--config" not in line]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    _, job, *arguments = shlex.split(command)
+    assert job in JOBS
+    parse(job, arguments)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in link:
+            assert (path.parent / link).exists(), f"{path}: {link}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_and_settings_exist(path):
+    text = path.read_text()
+    for module, names in re.findall(r"from (mdt_ray[\w.]*) import (\w+(?:, \w+)*)", text):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{path}: {module}.{name}"
+    known = config_io.flatten(config_io.to_dict(TrainConfig())).keys()
+    for setting in re.findall(r"`((?:model|loss|optim|ema)\.\w+)", text):
+        assert setting in known, f"{path}: {setting}"
+    for name in re.findall(r"imagenet256-[a-z0-9-]*\d", text):
+        assert name in presets.PRESETS, f"{path}: {name}"
