@@ -362,6 +362,10 @@ class ConvertConfig:
     """Side of the latent, where the tokens do not show it."""
     class_dropout_prob: float | None = None
     """0 if the label table has no null label."""
+    image_size: int | None = None
+    """Side of the images, in pixels; None: 8 times the latent's side."""
+    license: str = "cc-by-nc-4.0"
+    """For the model card: the licence of the published weights of MDT and DiT; name that of your own ones."""
     weights: Literal["ema", "model"] = "ema"
     """For a way back: averaged or raw weights."""
 

@@ -22,7 +22,6 @@ tags:
     images = pipe({labels}guidance_scale=3.8, guidance_power=4, num_inference_steps=50).images
 
 """
-NON_COMMERCIAL = "license: cc-by-nc-4.0\n"
 
 
 def model_card(checkpoint: str) -> str:
@@ -31,14 +30,20 @@ def model_card(checkpoint: str) -> str:
     facts = storage.read_json(storage.join(checkpoint, "state.json"))
     run = storage.read_json(storage.join(checkpoint, "run.json"))
     model = {k: v for k, v in storage.read_json(storage.join(checkpoint, "ema", "config.json")).items() if k[0] != "_"}
-    origin = facts.get("origin")
+    origin, started = facts.get("origin"), facts.get("started_from")
+    license = (origin or started or {}).get("license")
     kind = origin["layout"] if origin else run.get("config", {}).get("model", {}).get("kind", "mdt")
     side = facts["image_size"]
     title = f"{kind}, {model['depth']} blocks of width {model['hidden_size']}, patch {model['patch_size']}, {side}x{side}"
     text = HEAD.format(tag="dit" if "dit" in kind else "masked-diffusion-transformer", title=title,
-                       license=NON_COMMERCIAL if origin else "",
+                       license=f"license: {license}\n" if license else "",
                        labels="class_labels=[0], " if model["num_classes"] else "")
     text += _origin(origin) if origin else _training(checkpoint, facts, run)
+    if started:
+        text += f"Training started from the weights of `{started['file']}`.\n\n"
+    if license == "cc-by-nc-4.0":
+        text += ("**Licence.** The published weights of MDT and DiT are for non-commercial use (CC BY-NC 4.0); converting "
+                 "them, or training on from them, does not change that.\n\n")
     text += _table("Model", model)
     text += _table("Latents", {"VAE": facts["vae"]["path"], "revision": facts["vae"]["revision"],
                                "shape": facts["latent_shape"], "classes": facts["num_classes"]})
@@ -63,9 +68,7 @@ def _training(checkpoint: str, facts: dict[str, Any], run: dict[str, Any]) -> st
 
 def _origin(origin: dict[str, Any]) -> str:
     notes = "".join(f"- {note}\n" for note in origin["notes"])
-    return (f"Converted from `{origin['file']}` (layout {origin['layout']}, sha256 {origin['sha256']}).\n\n"
-            "**Licence.** Weights published with MDT and DiT are for non-commercial use (CC BY-NC 4.0); converting them "
-            f"does not change that.\n\n{notes}\n")
+    return f"Converted from `{origin['file']}` (layout {origin['layout']}, sha256 {origin['sha256']}).\n\n{notes}\n"
 
 
 def _table(title: str, rows: dict[str, Any]) -> str:

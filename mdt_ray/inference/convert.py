@@ -15,10 +15,13 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
 from mdt_ray import checkpoints, storage
+from mdt_ray.inference.card import model_card
 from mdt_ray.inference.labels import imagenet_classes
-from mdt_ray.inference.sampler import load_model
+from mdt_ray.inference.sampler import MODEL_CLASSES, load_model
 from mdt_ray.models import MDT, DiT, official
 
+NON_COMMERCIAL = "cc-by-nc-4.0"
+"""The licence of the published weights of MDT and DiT."""
 SPARE = "spare.safetensors"
 """Beside a converted model: the published tensors that ours has no place for, so that a conversion back is bit-equal."""
 
@@ -47,19 +50,24 @@ def read_weights(source: str) -> Weights:
     except OSError as error:
         raise ValueError(f"source = {source!r}: no such file, nor a diffusers folder ({error})") from error
     if source.partition("?")[0].endswith(".safetensors"):
-        return Weights(load_safetensors(data), {}, storage.sha256(data))
+        return Weights(_plain_names(load_safetensors(data)), {}, storage.sha256(data))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # (DiT's training checkpoints keep their arguments)
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"source = {source!r}: not a file of plain tensors, and nothing else is opened "
                          f"({str(error).splitlines()[0]}); save its state dict alone with torch.save") from error
-    for name in ("ema", "model"):
+    for name in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise ValueError(f"source = {source!r}: holds no state dict of tensors")
-    return Weights({k.removeprefix("module."): v for k, v in content.items()}, {}, storage.sha256(data))
+    return Weights(_plain_names(content), {}, storage.sha256(data))
+
+
+def _plain_names(tensors: official.StateDict) -> official.StateDict:
+    """Without what DDP and torch.compile put before every name."""
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in tensors.items()}
 
 
 def _read_diffusers(folder: str) -> Weights:
@@ -69,23 +77,29 @@ def _read_diffusers(folder: str) -> Weights:
     with tempfile.TemporaryDirectory() as parent:
         local = storage.fetch_folder(folder, parent)
         model = DiTTransformer2DModel.from_pretrained(local, low_cpu_mem_usage=False)
-        digests = [storage.sha256(f.read_bytes()) for f in sorted(Path(local).glob("*.safetensors"))]
     known = {"num_heads": config["num_attention_heads"], "input_size": config["sample_size"]}
-    return Weights(model.state_dict(), known, storage.sha256("".join(digests).encode()))
+    tensors = model.state_dict()
+    # By content: a folder may hold shards of either format.
+    digests = [name + storage.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()]
+    return Weights(tensors, known, storage.sha256("".join(digests).encode()))
 
 
 def write_checkpoint(converted: official.Converted, output: str, *, source: str, sha256: str, run: dict[str, Any],
-                     vae: dict[str, Any]) -> None:
-    """A checkpoint that MDTPipeline, `evaluate` and `train --init-from` open: ema/, state.json, run.json, and spare tensors.
+                     vae: dict[str, Any], image_size: int | None, license: str) -> None:
+    """A checkpoint that MDTPipeline, `evaluate` and `train --init-from` open: ema/, state.json, run.json, the card, spare
+    tensors.
 
     vae: path and revision; its weights are not looked at.
+    image_size: side of the images, in pixels; None takes 8 times the latent's (SD, SDXL, Flux).
+    license: identifier for the card.
     """
     config = converted.model.config
     num_classes, size = config.num_classes, config.input_size
     names = list(imagenet_classes()) if num_classes == 1000 else [str(c) for c in range(num_classes)]
-    facts = {"step": 0, "attempt": 0, "vae": vae | {"weights_hash": None}, "image_size": size * 8,
+    facts = {"step": 0, "attempt": 0, "vae": vae | {"weights_hash": None}, "image_size": image_size or size * 8,
              "latent_shape": [config.in_channels, size, size], "class_names": names, "num_classes": num_classes,
-             "origin": {"file": Path(source).name, "layout": converted.layout, "sha256": sha256, "notes": converted.notes}}
+             "origin": {"file": Path(source).name, "layout": converted.layout, "sha256": sha256, "license": license,
+                        "notes": converted.notes}}
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "checkpoint"
         converted.model.save_pretrained(folder / "ema")
@@ -93,6 +107,7 @@ def write_checkpoint(converted: official.Converted, output: str, *, source: str,
         (folder / "run.json").write_text(json.dumps(run, indent=1))
         if converted.spare:
             save_file(converted.spare, folder / SPARE)
+        (folder / "README.md").write_text(model_card(str(folder)))
         checkpoints.publish(folder, output)
 
 
@@ -129,9 +144,24 @@ def _is_ours(source: str) -> bool:
     return any(storage.exists(storage.join(source, name)) for name in (checkpoints.CHECKSUMS, checkpoints.CHECKPOINTS))
 
 
+def origin_of(source: str) -> dict[str, Any]:
+    """What a model card says of the weights at `source`: their file, and their licence where that is known."""
+    origin: dict[str, Any] = {"file": source.rstrip("/").rpartition("/")[2], "license": None}
+    if not _is_ours(source):
+        part = storage.join(source, "transformer", "config.json")
+        own = storage.exists(part) and storage.read_json(part).get("_class_name") in MODEL_CLASSES
+        return origin | {"license": None if own else NON_COMMERCIAL}
+    facts = storage.read_json(storage.join(checkpoints.resolve(source), "state.json"))
+    before = facts.get("origin") or facts.get("started_from") or {}
+    return origin | {"license": before.get("license")}
+
+
 def load_any(source: str) -> MDT | DiT:
-    """The model of a checkpoint of ours, of a training output, or of any file or folder that can be converted."""
+    """The model of a checkpoint or pipeline of ours, of a training output, or of anything that can be converted."""
     if _is_ours(source):
         return load_model(checkpoints.resolve(source), "ema")
+    part = storage.join(source, "transformer", "config.json")
+    if storage.exists(part) and storage.read_json(part).get("_class_name") in MODEL_CLASSES:
+        return load_model(source, "transformer")
     weights = read_weights(source)
     return official.load(weights.tensors, official.infer_config(weights.tensors, **weights.known))

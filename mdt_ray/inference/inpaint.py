@@ -6,9 +6,11 @@ B images, L tokens, C latent channels, h x w latent, H x W image.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from mdt_ray.diffusion.sampling import sample
 from mdt_ray.inference.pipeline import Generators, MDTPipeline
@@ -33,9 +35,9 @@ class MDTInpaintPipeline(MDTPipeline):
         """Fill in images.
 
         Args:
-            image: PIL image(s), or an array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1].
-            mask_image: white (above 0.5) where to fill in: as `image`, with one channel; one for all or one for each. A
-                token is hidden if any pixel of it is.
+            image: PIL image(s), or a float array (B, H, W, 3) or tensor (B, 3, H, W) in [0, 1].
+            mask_image: white (above 0.5) where to fill in: PIL image(s), or an array (B, H, W) or tensor (B, H, W), of the
+                image's size; one for all or one for each. A token is hidden if any pixel of it is.
             mask_ratio: instead, hide this share of the tokens at random (`hidden_tokens` draws them).
             class_labels: one for each image; None for the null label (or an unconditional model).
             side_interpolator: use the masked pass; None does where the model can (MDTv2).
@@ -48,6 +50,8 @@ class MDTInpaintPipeline(MDTPipeline):
         if side_interpolator and not can:
             raise ValueError("side_interpolator = True: this model's masked pass never sees the noise of hidden tokens and "
                              "predicts none (MDTv2's does); leave it out")
+        if getattr(image, "dtype", None) in (torch.uint8, np.dtype("uint8")):
+            raise ValueError("image: has dtype uint8; give PIL images, or floats in [0, 1]")
         pixels = self.image_processor.preprocess(image).to(self._execution_device, self.vae.dtype)  # (B, 3, H, W), [-1, 1]
         x_0 = self._encode(pixels)  # (B, C, h, w)
         hidden = self.hidden_tokens(len(x_0), mask_image, mask_ratio, generator).to(x_0.device)  # (B, L)
@@ -72,22 +76,20 @@ class MDTInpaintPipeline(MDTPipeline):
         if (mask_image is None) == (mask_ratio is None):
             raise ValueError("mask_image, mask_ratio: give one of the two")
         rows, columns = self.transformer.grid
+        token = self.transformer.config.patch_size * self.image_processor.config.vae_scale_factor
         if mask_ratio is not None:
             kept = num_kept(rows * columns, mask_ratio)
             draws = randn_tensor((batch, rows * columns), generator=generator, device=self._execution_device)
             hidden = draws.argsort(dim=1).argsort(dim=1) >= kept  # (B, L)
         else:
-            side = (rows * self._token_pixels(), columns * self._token_pixels())
-            picture = self.image_processor.preprocess(mask_image, *side)  # (1 or B, channels, H, W) in [-1, 1]
-            white = (picture.mean(dim=1, keepdim=True) > 0).float()
-            hidden = torch.nn.functional.max_pool2d(white, self._token_pixels()).flatten(1).bool()  # (1 or B, L)
-            hidden = hidden.expand(batch, -1)
+            white = _white(mask_image)  # (1 or B, 1, H, W)
+            if white.shape[2:] != (rows * token, columns * token) or len(white) not in (1, batch):
+                raise ValueError(f"mask_image: {len(white)} of {tuple(white.shape[2:])} pixels: must be one, or one for "
+                                 f"each of {batch} images, of {(rows * token, columns * token)} pixels")
+            hidden = torch.nn.functional.max_pool2d(white, token).flatten(1).bool().expand(batch, -1)  # (B, L)
         if not hidden.any(dim=1).all() or hidden.all(dim=1).any():
             raise ValueError(f"mask: hides {hidden.sum(dim=1).tolist()} of {rows * columns} tokens: must hide some, not all")
         return hidden
-
-    def _token_pixels(self) -> int:
-        return self.transformer.config.patch_size * self.image_processor.config.vae_scale_factor
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         mean = self.vae.encode(pixels).latent_dist.mean.float()
@@ -103,3 +105,14 @@ class MDTInpaintPipeline(MDTPipeline):
         if len(y) != batch:
             raise ValueError(f"class_labels: {len(y)} for {batch} images; give one for each")
         return y
+
+
+def _white(mask_image: Any) -> torch.Tensor:
+    """Which pixels of mask pictures are white, float (B, 1, H, W)."""
+    pictures = mask_image if isinstance(mask_image, list | tuple) else [mask_image]
+    arrays = [np.asarray(p.convert("L")) / 255 if isinstance(p, Image.Image) else np.asarray(p) for p in pictures]
+    values = torch.from_numpy(np.stack(arrays).astype(np.float32))  # (1 or B, ..., H, W)
+    if values.shape[-1] in (1, 3) and values.ndim > 3:  # arrays with channels last
+        values = values.mean(dim=-1)
+    height, width = values.shape[-2:]
+    return (values.reshape(-1, 1, height, width) > 0.5).float()

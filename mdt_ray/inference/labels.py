@@ -1,5 +1,6 @@
 """Class names: what a data set calls its classes, and the words that people ask for them by."""
 
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def class_ids(labels: Sequence[int | str], names: dict[int, str], num_classes: i
     ids = []
     for label in labels:
         if not isinstance(label, str):
-            if not 0 <= int(label) < num_classes:
-                raise ValueError(f"class_labels: {label!r}: must be in 0..{num_classes - 1}")
+            if not isinstance(label, numbers.Integral) or not 0 <= label < num_classes:
+                raise ValueError(f"class_labels: {label!r}: must be a class number in 0..{num_classes - 1}, or a name")
             ids.append(int(label))
             continue
         found = known.get(label.strip().lower(), [])

@@ -6,6 +6,7 @@
 B images, C latent channels, h x w latent, H x W image.
 """
 
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class MDTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         # (model_index.json has text keys)
         self.register_to_config(id2label={int(k): v for k, v in (id2label or {}).items()})
-        self.image_processor = VaeImageProcessor(vae_scale_factor=2 ** (len(vae.config.block_out_channels) - 1))
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor, do_convert_rgb=True)
         self.card: str | None = None
 
     @classmethod
@@ -71,6 +73,9 @@ class MDTPipeline(DiffusionPipeline):
             pipe.card = card.read_text() if card.is_file() else None
             return pipe
         uri = checkpoints.resolve(path)
+        if weights not in ("ema", "model") or not storage.exists(storage.join(uri, weights)):
+            raise ValueError(f"weights = {weights!r}: {uri} has no such weights; use 'ema'"
+                             + (" or 'model'" if storage.exists(storage.join(uri, "model")) else ""))
         facts = storage.read_json(storage.join(uri, "state.json"))
         named = VaeConfig(path=facts["vae"]["path"], revision=facts["vae"]["revision"])
         vae = kwargs.pop("vae", None) or load_vae(named).model
@@ -132,12 +137,16 @@ class MDTPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels = None: name one of the {num_classes} classes for each image")
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.tolist()
-        class_labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
+        class_labels = [class_labels] if isinstance(class_labels, numbers.Integral | str) else class_labels
+        if not len(class_labels):
+            raise ValueError("class_labels = []: name at least one")
         ids = labels.class_ids(class_labels, self.config.id2label, num_classes)
         return torch.tensor(ids, device=self._execution_device)
 
     def _guided(self, denoiser: Denoiser, scale: float, power: float, channels: int | None) -> Denoiser:
         config = self.transformer.config
+        if channels is not None and not 1 <= channels <= config.in_channels:
+            raise ValueError(f"guidance_channels = {channels}: must be in 1..{config.in_channels}, or None")
         if scale == 1 or not config.num_classes:
             return denoiser
         if not config.class_dropout_prob:
@@ -151,12 +160,12 @@ class MDTPipeline(DiffusionPipeline):
     def _noise(self, batch: int, generator: Generators, latents: torch.Tensor | None) -> torch.Tensor:
         config = self.transformer.config
         shape = (batch, config.in_channels, *layers.latent_size(config.input_size))
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"generator: {len(generator)} for {batch} images; give one, or one for each image")
         if latents is not None:
             if tuple(latents.shape) != shape:
                 raise ValueError(f"latents has shape {tuple(latents.shape)}: must be {shape}")
             return latents.to(self._execution_device)
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"generator: {len(generator)} for {batch} images; give one, or one for each image")
         return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
 
     def _finish(self, x_0: torch.Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:

@@ -52,6 +52,8 @@ class Sampler:
         if facts["vae"]["weights_hash"] not in (None, self.vae.weights_hash):  # (a converted checkpoint does not say)
             raise ValueError(f"vae {facts['vae']['path']!r}: not the weights that the latents were made with; "
                              "fix its revision, or bring back the folder as it was")
+        if config.cfg_scale != 1 and not self.num_classes:
+            raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model is unconditional; use cfg_scale 1")
         if config.cfg_scale != 1 and not self.model.config.class_dropout_prob:
             raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model was trained without label dropout, so it "
                              "has no null label to be guided by; use cfg_scale 1")

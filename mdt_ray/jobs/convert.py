@@ -39,5 +39,6 @@ def _import(config: ConvertConfig) -> str:
     for note in converted.notes:
         logger.info("  %s", note)
     files.write_checkpoint(converted, config.output, source=config.source, sha256=weights.sha256, run=run,
-                           vae={"path": config.vae.path, "revision": config.vae.revision})
+                           vae={"path": config.vae.path, "revision": config.vae.revision},
+                           image_size=config.image_size, license=config.license)
     return config.output

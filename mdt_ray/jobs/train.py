@@ -37,8 +37,19 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, Manifest, dict]:
                                  model=resolve_model(config.model, manifest))
     inputs = {"latents": manifest.content}
     if config.init_from:
-        inputs["init_from"] = convert.fingerprint_of(config.init_from)
+        inputs["init_from"] = _begun_with(config) or convert.fingerprint_of(config.init_from)
     return config, manifest, run_folder.describe("train", config, inputs)
+
+
+def _begun_with(config: TrainConfig) -> str | None:
+    """What a run here began with, if it is the same source and there is a checkpoint: the source is needed no more, and may
+    have grown or gone."""
+    uri = storage.join(config.output, "run.json")
+    if not storage.exists(uri) or not checkpoints.list_finished(config.output):
+        return None
+    held = storage.read_json(uri)
+    same = held["config"].get("init_from") == config.init_from
+    return held["identity"]["inputs"].get("init_from") if same else None
 
 
 def is_finished(config: TrainConfig) -> bool:

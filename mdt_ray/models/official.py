@@ -69,10 +69,16 @@ def infer_config(state_dict: StateDict, **known: Any) -> dict[str, Any]:
     """
     layout, known = layout_of(state_dict), {name: value for name, value in known.items() if value is not None}
     diffusers = layout == "diffusers_dit"
-    patches = state_dict["pos_embed.proj.weight" if diffusers else "x_embedder.proj.weight"]  # (D, C, p, p)
+
+    def tensor(name: str) -> torch.Tensor:
+        if name not in state_dict:
+            raise ValueError(f"state_dict: {name!r} is missing from this {layout} layout")
+        return state_dict[name]
+
+    patches = tensor("pos_embed.proj.weight" if diffusers else "x_embedder.proj.weight")  # (D, C, p, p)
     labels = state_dict.get("transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight" if diffusers
                             else "y_embedder.embedding_table.weight")
-    output = state_dict["proj_out_2.bias" if diffusers else "final_layer.linear.bias"]
+    output = tensor("proj_out_2.bias" if diffusers else "final_layer.linear.bias")
     width, in_channels, patch_size, _ = patches.shape
     config = {"patch_size": patch_size, "in_channels": in_channels, "hidden_size": width}
     if output.shape[0] != 2 * in_channels * patch_size**2:
@@ -90,10 +96,12 @@ def infer_config(state_dict: StateDict, **known: Any) -> dict[str, Any]:
                                + config["decode_layer"])
         else:
             config["depth"] = _count(state_dict, "blocks")
-        config["input_size"] = _square(state_dict["pos_embed"].shape[1], "pos_embed") * patch_size
+        config["input_size"] = _square(tensor("pos_embed").shape[1], "pos_embed") * patch_size
+        first = "en_inblocks.0" if layout == "mdt_v2" else "blocks.0"
+        config["mlp_ratio"] = tensor(f"{first}.mlp.fc1.bias").shape[0] / width
     if layout in ("mdt_v1", "mdt_v2"):
         config["num_side_blocks"] = _count(state_dict, "sideblocks")
-        config["num_heads"] = state_dict["sideblocks.0.attn.rel_pos_bias.relative_position_bias_table"].shape[1]
+        config["num_heads"] = tensor("sideblocks.0.attn.rel_pos_bias.relative_position_bias_table").shape[1]
     elif width in NUM_HEADS:
         config["num_heads"] = NUM_HEADS[width]
     config |= known
@@ -121,6 +129,11 @@ def convert(state_dict: StateDict, config: dict[str, Any]) -> Converted:
     converted = Converted(model=model, layout=layout)
     if layout == "mdt_v1" and "decode_layer" not in config:
         converted.notes.append("decode_layer = 2, as in all published MDT v1 models: the shapes do not show it")
+    if model.config.num_classes and model.config.class_dropout_prob:
+        converted.notes.append(f"the last of {model.config.num_classes + 1} labels is taken for the null label (if it is a "
+                               "class, class_dropout_prob must be 0)")
+    if dtypes := {t.dtype for t in state_dict.values() if t.is_floating_point()} - {torch.float32}:
+        converted.notes.append(f"stored as {', '.join(map(str, dtypes))}, held here in torch.float32")
     remaining, ours = dict(state_dict), {}
     for name, theirs in _names(model, layout).items():
         if missing := [n for n in theirs if n not in remaining]:
@@ -236,10 +249,14 @@ def _account_for_bias(model: MDT, remaining: StateDict, ours: StateDict, convert
 
 def _misfit(model: MDT | DiT, layout: Layout) -> str | None:
     config = model.config
+    if model.grid[0] != model.grid[1]:
+        return "its latent is not square"
     if layout in ("dit", "diffusers_dit"):
         if not isinstance(model, DiT):
             return "it has learnable positions and relative biases; convert to mdt_v1 or mdt_v2"
         computed = layers.sincos_positions(config.hidden_size, model.grid)
+        if layout == "diffusers_dit" and not (config.num_classes and config.class_dropout_prob and config.mlp_ratio == 4):
+            return "diffusers' has classes, a null label and an MLP of 4 times the width"
         if layout == "diffusers_dit" and not torch.allclose(model.pos_embed.cpu(), computed, atol=1e-5):
             return "its positions are not the sine-cosine table that diffusers computes"
         return None

@@ -15,21 +15,27 @@ from mdt_ray.models.mdt import MDT
 
 ALIKE = ("hidden_size", "depth", "num_heads", "mlp_ratio")
 """What two models must share."""
+MOVING = ("decode_layer", "decoder_positions")
+"""What an MDT may change against the MDT that it starts from, but not without changing what it computes."""
+FIXED_OR_LEARNED = ("pos_embed", "decoder_pos_embed")
 BIAS_TABLE = "relative_position_bias_table"
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 
 @dataclass
 class Transfer:
-    """Names of our model's tensors by what became of them; the last three are lists of `name: reason`."""
+    """Names of our model's tensors by what became of them; all but the first are lists of `name: reason`."""
 
     taken: list[str] = field(default_factory=list)
     interpolated: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    """Settings that make the same weights compute something else."""
 
     def lines(self) -> list[str]:
         """For people: a count of what was taken, and every exception, block numbers joined."""
-        joined = [line for kind in ("interpolated", "new", "left") for line in _join(kind, getattr(self, kind))]
+        joined = [line for kind in ("interpolated", "new", "left", "changed") for line in _join(kind, getattr(self, kind))]
         return [f"{len(self.taken)} tensors taken as they are", *joined]
 
 
@@ -44,19 +50,26 @@ def transfer(target: MDT | DiT, source: MDT | DiT) -> Transfer:
         if ours != theirs:
             raise ValueError(f"model.{name} = {ours}: the checkpoint to start from has {theirs}")
     done, given = Transfer(), dict(source.state_dict())
+    learnable, learned = ({name for name, _ in model.named_parameters()} for model in (target, source))
+    if isinstance(source, MDT):
+        for name in MOVING:
+            ours, theirs = getattr(target.config, name, None), getattr(source.config, name)
+            if ours != theirs:
+                done.changed.append(f"{name}: {ours} for {theirs}")
     for name, ours in target.state_dict().items():
         theirs = given.pop(name, None)
         if theirs is None:
             done.new.append(f"{name}: {_start(target, name, ours)}")
-        elif name in ("pos_embed", "decoder_pos_embed") and source.grid != target.grid:
+        elif name in FIXED_OR_LEARNED and name not in learnable and (name in learned or source.grid != target.grid):
+            done.new.append(f"{name}: the sine-cosine table of {target.grid} tokens")
+        elif name in FIXED_OR_LEARNED and source.grid != target.grid:
             ours.copy_(_resize_positions(theirs, source.grid, target.grid))
             done.interpolated.append(f"{name}: {source.grid} -> {target.grid} tokens")
         elif name.endswith(BIAS_TABLE) and source.grid != target.grid:
             ours.copy_(_resize_bias(theirs, source.grid, target.grid))
             done.interpolated.append(f"{name}: {source.grid} -> {target.grid} tokens")
-        elif name == "y_embedder.embedding_table.weight" and source.config.num_classes != target.config.num_classes:
-            done.new.append(f"{name}: {target.config.num_classes} classes for {source.config.num_classes}"
-                            + _take_null_row(target, source, ours, theirs))
+        elif name == LABEL_TABLE and (source.config.num_classes != target.config.num_classes or ours.shape != theirs.shape):
+            done.new.append(f"{name}: {_take_labels(target, source, ours, theirs)}")
         elif theirs.shape != ours.shape:
             done.new.append(f"{name}: shape {tuple(ours.shape)} for {tuple(theirs.shape)}")
         else:
@@ -84,11 +97,17 @@ def _start(target: MDT | DiT, name: str, ours: torch.Tensor) -> str:
     return "initialised"
 
 
-def _take_null_row(target: MDT | DiT, source: MDT | DiT, ours: torch.Tensor, theirs: torch.Tensor) -> str:
-    if not (target.config.class_dropout_prob and source.config.class_dropout_prob):
-        return ""
-    ours[-1].copy_(theirs[-1])
-    return ", the null label taken"
+def _take_labels(target: MDT | DiT, source: MDT | DiT, ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    """Rows of the label table: of the classes if these are as many, and of the null label if both have one."""
+    num_ours, num_theirs = target.config.num_classes, source.config.num_classes
+    text = f"{num_ours} classes for {num_theirs}"
+    if num_ours == num_theirs:
+        ours[:num_ours].copy_(theirs[:num_ours])
+        text = "the classes taken, the null label new"
+    elif target.config.class_dropout_prob and source.config.class_dropout_prob:
+        ours[-1].copy_(theirs[-1])
+        text += ", the null label taken"
+    return text
 
 
 def _resize_positions(table: torch.Tensor, old: Grid, new: Grid) -> torch.Tensor:

@@ -38,14 +38,14 @@ class Adan(torch.optim.Optimizer):
 
     def _update(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict) -> None:
         state, (b1, b2, b3), lr = self.state[parameter], group["betas"], group["lr"]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
+        if not state:  # (torch keeps what is called `step` on the CPU when a state is loaded)
+            state["num_updates"] = torch.zeros((), device=parameter.device)
             state |= {name: torch.zeros_like(parameter) for name in ("grad_avg", "diff_avg", "square_avg", "previous_grad")}
         skip = torch.zeros((), dtype=torch.bool, device=grad.device) if self.found_inf is None else self.found_inf.bool()
-        step = state["step"] + 1
+        step = state["num_updates"] + 1
         # The first difference is none: there is no gradient before.
         diff = (grad - state["previous_grad"]) * (step > 1)
-        new = {"step": step, "previous_grad": grad,
+        new = {"num_updates": step, "previous_grad": grad,
                "grad_avg": state["grad_avg"].lerp(grad, 1 - b1),
                "diff_avg": state["diff_avg"].lerp(diff, 1 - b2),
                "square_avg": state["square_avg"].lerp((grad + b2 * diff).square(), 1 - b3)}

@@ -12,7 +12,7 @@ from mdt_ray import checkpoints, config_io, storage
 from mdt_ray.config import ModelConfig, TrainConfig
 from mdt_ray.data.latents import Manifest
 from mdt_ray.data.loader import Loader, LoaderConfig
-from mdt_ray.inference.convert import load_any
+from mdt_ray.inference.convert import load_any, origin_of
 from mdt_ray.models.transfer import transfer
 from mdt_ray.training import loop
 from mdt_ray.training import state as states
@@ -77,9 +77,9 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     device = torch.device(device)
     torch.manual_seed(config.seed)  # the weights' initial values; every other draw has a generator of its own
     model = build_model(config.model, config.loss.passes).train().to(device)
-    found = checkpoints.latest(config.output)
+    found, started_from = checkpoints.latest(config.output), None
     if config.init_from and not found:
-        done = transfer(model, load_any(config.init_from))
+        done, started_from = transfer(model, load_any(config.init_from)), origin_of(config.init_from)
         if rank == 0:
             text = "\n  ".join([f"started from {config.init_from}:", *done.lines()])
             logger.info("%s", text)
@@ -88,6 +88,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
                        optimizer=build_optimizer(model, config.optim))
     if found:
         states.restore(state, found)
+        started_from = storage.read_json(storage.join(found, "state.json")).get("started_from")
     dtype = autocast_dtype(config.precision, device)
     step = TrainingStep(model, config.loss, dtype)
     module = DistributedDataParallel(step) if world_size > 1 else step
@@ -95,7 +96,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     loader_config = LoaderConfig(batch_size=config.batch_size, num_lanes=config.num_lanes, seed=config.seed,
                                  num_classes=config.model.num_classes, num_tokens=side * side,
                                  class_dropout_prob=config.model.class_dropout_prob)
-    facts = checkpoint_facts(config, manifest)
+    facts = checkpoint_facts(config, manifest) | ({"started_from": started_from} if started_from else {})
 
     def save(state: TrainState) -> None:
         if rank == 0:

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from safetensors.torch import save_file
 
-from mdt_ray import checkpoints, storage
+from mdt_ray import checkpoints, run_folder, storage
 from mdt_ray.cli import main
 from mdt_ray.config import ModelConfig
-from mdt_ray.inference.convert import load_any
+from mdt_ray.inference.convert import fingerprint_of, load_any
 from mdt_ray.inference.inpaint import MDTInpaintPipeline
 from mdt_ray.inference.pipeline import MDTPipeline
+from mdt_ray.jobs.train import prepare
 from mdt_ray.models import layers, official
 from mdt_ray.training.run import INIT_FROM
 from tests.conftest import relative_error, with_prefix
@@ -54,7 +56,9 @@ def test_the_card_carries_the_licence_and_what_was_inferred(published, tmp_path)
     assert main(["convert", "--source", str(published["mdt_v1"]), "--output", str(tmp_path / "ours"),
                  "--vae.path", "digits"]) == 0
     pipe = MDTPipeline.from_pretrained(tmp_path / "ours")
-    for part in ("license: cc-by-nc-4.0", "non-commercial", "layout mdt_v1", "decode_layer = 2", "indexed by nothing",
+    assert (tmp_path / "ours" / "README.md").read_text() == pipe.card
+    for part in ("license: cc-by-nc-4.0", "taken for the null label",
+                 "non-commercial", "layout mdt_v1", "decode_layer = 2", "indexed by nothing",
                  "| decode_layer | 2 |", "| VAE | digits |"):
         assert part in pipe.card
     pipe.set_progress_bar_config(disable=True)
@@ -132,8 +136,59 @@ def test_training_starts_from_published_weights(published, tmp_path):
     source = load_any(str(published["mdt_v1"]))
     step_zero = MDTPipeline.from_pretrained(tmp_path / "run" / "checkpoints" / "step-00000000").transformer
     assert torch.equal(step_zero.blocks[2].mlp.fc1.weight, source.blocks[2].mlp.fc1.weight)
-    again = run(config)  # a resume goes on from its own checkpoint, not from the start
+    published["mdt_v1"].unlink()
+    again = run(config)  # a resume goes on from its own checkpoint, and needs the start no more
     assert (first.step, again.step) == (1, 2)
+    card = MDTPipeline.from_pretrained(tmp_path / "run").card  # the licence stays with what grew out of the weights
+    for part in ("license: cc-by-nc-4.0", "started from the weights of `mdt_v1_ckpt.pt`"):
+        assert part in card
+
+
+def test_the_source_may_grow_or_go_once_a_run_has_begun(published, tmp_path):
+    make_latents(tmp_path / "latents", side=8)
+    config = tiny_training(tmp_path / "latents", tmp_path / "run", num_steps=1, init_from=str(published["mdt_v1"]),
+                           model=ModelConfig(**MODEL | {"patch_size": 2}))
+    resolved, _, described = prepare(config)
+    with run_folder.claim(resolved.output, described):
+        run(resolved)
+    published["mdt_v1"].unlink()
+    assert prepare(dataclasses.replace(config, num_steps=2))[2]["name"] == described["name"]
+    with pytest.raises(ValueError, match="no such file"):
+        prepare(dataclasses.replace(config, output=str(tmp_path / "another")))
+
+
+def test_a_saved_pipeline_is_a_start(published, tmp_path):
+    assert main(["convert", "--source", str(published["mdt_v1"]), "--output", str(tmp_path / "ours"),
+                 "--vae.path", "digits"]) == 0
+    MDTPipeline.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "pipeline")
+    a, b = load_any(str(tmp_path / "ours")), load_any(str(tmp_path / "pipeline"))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_the_name_of_a_diffusers_folder_follows_its_weights(tmp_path):
+    """Also where they are .bin files."""
+    made = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=1,
+                                 sample_size=4, patch_size=1, num_embeds_ada_norm=3)
+    names = []
+    for _ in range(2):
+        made.save_pretrained(tmp_path / "dit", safe_serialization=False)
+        names.append(fingerprint_of(str(tmp_path / "dit")))
+        with torch.no_grad():
+            made.proj_out_2.bias += 1
+    assert names[0] != names[1]
+
+
+def test_prefixes_other_types_and_sizes(vectors, tmp_path):
+    weights = with_prefix(vectors, "mdt_v1.weights.")
+    changed = {f"module.{k}": v.bfloat16() if v.is_floating_point() else v for k, v in weights.items()}
+    save_file(changed, tmp_path / "weights.safetensors")
+    assert main(["convert", "--source", str(tmp_path / "weights.safetensors"), "--output", str(tmp_path / "ours"),
+                 "--image-size", "128", "--license", "mit"]) == 0
+    state = storage.read_json(str(tmp_path / "ours" / "state.json"))
+    assert state["image_size"] == 128
+    assert any("stored as torch.bfloat16" in note for note in state["origin"]["notes"])
+    assert "license: mit" in (tmp_path / "ours" / "README.md").read_text()
+    assert load_any(str(tmp_path / "ours")).dtype == torch.float32
 
 
 def test_a_dit_becomes_an_mdt(published, tmp_path):

@@ -102,6 +102,27 @@ def test_bad_masks_are_named(pipes):
         pipe(IMAGES[:1, :, :16, :16], left_half())
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_pictures_of_any_mode(pipes, mode):
+    picture = Image.fromarray((IMAGES[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)).convert(mode)
+    out = pipes["mdt_v2"]([picture, picture], left_half(), num_inference_steps=2).images
+    assert len(out) == 2
+    masks = [left_half(), torch.ones(32, 32).tril() > 0, np.eye(32, dtype=np.uint8)]
+    for mask in masks:
+        assert pipes["mdt_v1"].hidden_tokens(1, mask_image=mask).any()
+    assert pipes["mdt_v1"].hidden_tokens(2, mask_image=[left_half(), masks[2]]).sum(1).tolist() == [8, 4]
+
+
+def test_bad_pictures_are_named(pipes):
+    pipe = pipes["mdt_v1"]
+    with pytest.raises(ValueError, match="image: has dtype uint8"):
+        pipe((IMAGES * 255).to(torch.uint8), left_half())
+    with pytest.raises(ValueError, match=r"mask_image: 3 of \(32, 32\) pixels: must be one, or one for each of 2"):
+        pipe(IMAGES, [left_half()] * 3)
+    with pytest.raises(ValueError, match=r"1 of \(64, 64\) pixels"):
+        pipe(IMAGES, left_half().resize((64, 64)))
+
+
 def test_it_is_an_mdt_pipeline(pipes):
     assert isinstance(pipes["mdt_v1"], MDTPipeline)
     again = MDTInpaintPipeline(**pipes["mdt_v1"].components)

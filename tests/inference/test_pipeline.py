@@ -225,7 +225,7 @@ def test_imagenet_names():
         labels.class_ids(["golden retreiver"], names, 1000)
     with pytest.raises(ValueError, match=r"'crane' names the classes \[134, 517\]"):
         labels.class_ids(["crane"], names, 1000)
-    with pytest.raises(ValueError, match=r"1000: must be in 0..999"):
+    with pytest.raises(ValueError, match=r"1000: must be a class number in 0..999"):
         labels.class_ids([1000], names, 1000)
 
 
@@ -236,6 +236,18 @@ def test_bad_arguments_are_named(pipe, checkpoint, tmp_path):
         pipe(class_labels=1, latents=torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match="2 for 1 images"):
         pipe(class_labels=1, generator=[seeded(), seeded()])
+    with pytest.raises(ValueError, match=r"class_labels: 3.7: must be a class number in 0..9"):
+        pipe(class_labels=[3.7])
+    with pytest.raises(ValueError, match="name at least one"):
+        pipe(class_labels=[])
+    with pytest.raises(ValueError, match=r"guidance_channels = 9: must be in 1..4"):
+        pipe(class_labels=np.int64(1), guidance_channels=9)
+    with pytest.raises(ValueError, match="num_steps = 0"):
+        pipe(class_labels=1, num_inference_steps=0)
+    with pytest.raises(ValueError, match="predicts 'v_prediction'"):
+        with_scheduler(pipe, diffusers.DDIMScheduler(prediction_type="v_prediction"))(class_labels=1)
+    with pytest.raises(ValueError, match="weights = 'best'"):
+        MDTPipeline.from_pretrained(checkpoint, weights="best")
     with pytest.raises(ValueError, match="no meaning for a checkpoint"):
         MDTPipeline.from_pretrained(checkpoint, variant="fp16")
     without_null = MDTPipeline.from_pretrained(make_checkpoint(tmp_path, class_dropout_prob=0.0))

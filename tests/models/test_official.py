@@ -102,6 +102,11 @@ def test_it_names_what_does_not_fit(weights, vector_config):
         official.load({"foo": torch.zeros(1)}, vector_config)
     with pytest.raises(ValueError, match="'mask_token' is missing"):
         official.load({k: v for k, v in state_dict.items() if k != "mask_token"}, vector_config)
+    for name in ("pos_embed", "x_embedder.proj.weight", "final_layer.linear.bias"):
+        with pytest.raises(ValueError, match=f"'{name}' is missing from this mdt_v1 layout"):
+            official.infer_config({k: v for k, v in state_dict.items() if k != name})
+    with pytest.raises(ValueError, match="bias_table' is missing"):  # (our own naming)
+        official.infer_config(official.load(state_dict, vector_config).state_dict())
     with pytest.raises(ValueError, match="1 unexpected tensors: blocks"):
         official.load(state_dict | {"blocks.0.attn.norm": torch.zeros(1)}, vector_config)
     with pytest.raises(ValueError, match="check input_size and patch_size"):
@@ -138,6 +143,19 @@ def test_export_refuses_what_a_layout_cannot_hold(options, layout, reason):
     model = MDT(input_size=8, hidden_size=32, depth=4, num_heads=2, **options)
     with pytest.raises(ValueError, match=reason):
         official.export(model, layout)
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 0}, {"class_dropout_prob": 0.0}, {"mlp_ratio": 2.0},
+                                     {"input_size": (8, 16)}], ids=str)
+def test_a_dit_that_diffusers_cannot_hold(options):
+    with pytest.raises(ValueError, match="cannot hold this DiT"):
+        official.export(DiT(**{"input_size": 8, "hidden_size": 32, "depth": 1, "num_heads": 2} | options), "diffusers_dit")
+
+
+def test_another_mlp_ratio_is_read_from_the_shapes():
+    model = MDT(input_size=8, hidden_size=32, depth=2, num_heads=2, mlp_ratio=2.0)
+    state_dict = official.export(model, "mdt_v1")
+    assert is_equal(official.load(state_dict).state_dict(), model.state_dict())
 
 
 def test_moved_positions_do_not_go_to_diffusers():

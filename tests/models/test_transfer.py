@@ -70,6 +70,29 @@ def test_another_resolution_interpolates_positions_and_biases():
     assert target(torch.randn(1, 4, 16, 16), torch.tensor([3]), torch.tensor([2])).isfinite().all()
 
 
+def test_fixed_positions_are_recomputed_for_another_grid():
+    for make in (lambda **c: DiT(**TINY | c), lambda **c: MDT(**TINY | c, learnable_positions=False)):
+        target = make(input_size=16)
+        done = transfer(target, randomised(make()))
+        assert torch.equal(target.pos_embed, layers.sincos_positions(48, (8, 8)))
+        assert "pos_embed: the sine-cosine table of (8, 8) tokens" in done.new
+
+
+def test_a_moved_side_interpolator_is_said():
+    done = transfer(MDT(**TINY, decode_layer=1), MDT(**TINY))
+    assert done.changed == ["decode_layer: 1 for 2"]
+    assert "changed: decode_layer: 1 for 2" in done.lines()
+    assert transfer(MDT(**TINY), MDT(**TINY)).changed == []
+
+
+@torch.no_grad()
+def test_a_null_label_is_added_to_the_classes():
+    source, target = randomised(MDT(**TINY, class_dropout_prob=0.0)), randomised(MDT(**TINY))
+    done = transfer(target, source)
+    assert torch.equal(target.y_embedder.embedding_table.weight[:10], source.y_embedder.embedding_table.weight)
+    assert done.new == ["y_embedder.embedding_table.weight: the classes taken, the null label new"]
+
+
 def test_other_channels_are_listed_as_new():
     done = transfer(MDT(**TINY | {"in_channels": 16}), MDT(**TINY))
     assert [line.split(":")[0] for line in done.new] == [
