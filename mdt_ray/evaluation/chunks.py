@@ -102,15 +102,16 @@ def kept_images(uris: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compute_metrics(samples: Measured, reference: Measured, extractor: str) -> dict[str, float]:
-    """FID, sFID, IS, precision, recall in the extractor's features, named after it; and the share of images that its
-    classifier reads as the label asked for."""
+    """FID, sFID, IS, precision, recall in the extractor's features, named after it; and, for images of asked classes, the
+    share that its classifier reads as the label asked for."""
     def frechet(name: str) -> float:
         return frechet_between(getattr(samples, name), getattr(reference, name))
 
     precision, recall = metrics.precision_recall(reference.pool, samples.pool)
     found = {"fid": frechet("pool"), "sfid": frechet("spatial"), "is": metrics.inception_score(softmax(samples.logits)),
-             "precision": precision, "recall": recall,
-             "label_accuracy": float((samples.logits.argmax(1) == samples.labels).mean())}
+             "precision": precision, "recall": recall}
+    if (samples.labels >= 0).all():
+        found["label_accuracy"] = float((samples.logits.argmax(1) == samples.labels).mean())
     return {f"{name}_{extractor}": value for name, value in found.items()}
 
 

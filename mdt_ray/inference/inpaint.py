@@ -3,6 +3,7 @@
 B images, L tokens, C latent channels, h x w latent, H x W image.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from PIL import Image
 from mdt_ray.diffusion.sampling import sample
 from mdt_ray.inference.pipeline import Generators, MDTPipeline
 from mdt_ray.models import Mask, num_kept
+
+logger = logging.getLogger(__name__)
 
 
 class MDTInpaintPipeline(MDTPipeline):
@@ -40,16 +43,18 @@ class MDTInpaintPipeline(MDTPipeline):
                 image's size; one for all or one for each. A token is hidden if any pixel of it is.
             mask_ratio: instead, hide this share of the tokens at random (`hidden_tokens` draws them).
             class_labels: one for each image; None for the null label (or an unconditional model).
-            side_interpolator: use the masked pass; None does where the model can (MDTv2).
+            side_interpolator: use the masked pass; None does where it sees the noise (MDTv2).
             others: as in MDTPipeline.
         Raises ValueError for a mask that hides nothing or all, or (for the masked pass) unlike numbers of tokens in the
         images of one call, and for a side-interpolator where the model cannot use it.
         """
         config = self.transformer.config
-        can = config.get("long_skips", False) and config.get("masking") != "none"
-        if side_interpolator and not can:
-            raise ValueError("side_interpolator = True: this model's masked pass never sees the noise of hidden tokens and "
-                             "predicts none (MDTv2's does); leave it out")
+        has_masked_pass = config.get("masking", "none") != "none"
+        sees_noise = config.get("long_skips", False)
+        if side_interpolator and not has_masked_pass:
+            raise ValueError("side_interpolator = True: this model has no masked pass; leave it out")
+        if side_interpolator and not sees_noise:
+            logger.warning("the masked pass of MDT v1 never sees the noise of hidden tokens, and predicts none")
         if getattr(image, "dtype", None) in (torch.uint8, np.dtype("uint8")):
             raise ValueError("image: has dtype uint8; give PIL images, or floats in [0, 1]")
         pixels = self.image_processor.preprocess(image).to(self._execution_device, self.vae.dtype)  # (B, 3, H, W), [-1, 1]
@@ -57,7 +62,7 @@ class MDTInpaintPipeline(MDTPipeline):
         hidden = self.hidden_tokens(len(x_0), mask_image, mask_ratio, generator).to(x_0.device)  # (B, L)
         y = self._known_labels(class_labels, len(x_0))  # (B,)
         denoiser = self._denoise
-        if can and side_interpolator is not False:
+        if has_masked_pass and (sees_noise if side_interpolator is None else side_interpolator):
             mask = Mask.from_hidden(hidden)
 
             def denoiser(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -27,10 +27,12 @@ def load_model(checkpoint: str, weights: str) -> MDT | DiT:
 
 def labels_of(first: int, stop: int, num_classes: int, kind: str, seed: int) -> torch.Tensor:
     """Labels of images first..stop, (n,) int64: `random` draws each from its own seed, `balanced`
-    takes the classes in turn. Label i depends on seed + i only. Zeros without classes."""
+    takes the classes in turn. Label i depends on seed + i only. -1 without classes."""
+    if not num_classes:
+        return torch.full((stop - first,), -1)
     if kind == "balanced":
-        return torch.arange(seed + first, seed + stop) % (num_classes or 1)
-    draws = [torch.randint(num_classes or 1, (), generator=_generator(seed + i, "label")) for i in range(first, stop)]
+        return torch.arange(seed + first, seed + stop) % num_classes
+    draws = [torch.randint(num_classes, (), generator=_generator(seed + i, "label")) for i in range(first, stop)]
     return torch.stack(draws)
 
 

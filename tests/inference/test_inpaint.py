@@ -7,6 +7,7 @@ from PIL import Image
 
 from mdt_ray.inference.inpaint import MDTInpaintPipeline
 from mdt_ray.inference.pipeline import MDTPipeline
+from tests.inference.conftest import make_checkpoint
 
 FEW = {"num_inference_steps": 4, "output_type": "latent"}
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -58,7 +59,7 @@ def test_any_mask_ratio(pipes, ratio):
     assert [image.size for image in images] == [(32, 32)] * 2
 
 
-def test_the_side_interpolator_is_used_where_it_can_be(pipes):
+def test_the_side_interpolator_is_used_where_it_can_be(pipes, tmp_path, caplog):
     def draw(pipe, **arguments):
         return pipe(IMAGES, left_half(), generator=seeded(), **FEW, **arguments).images
 
@@ -71,8 +72,14 @@ def test_the_side_interpolator_is_used_where_it_can_be(pipes):
     draw(pipe, guidance_scale=2.0, class_labels=[1, 2])
     assert len(seen) == 8
     hook.remove()
-    with pytest.raises(ValueError, match="never sees the noise of hidden tokens"):
-        draw(pipes["mdt_v1"], side_interpolator=True)
+    v1 = pipes["mdt_v1"]
+    asked = draw(v1, side_interpolator=True)
+    assert "never sees the noise of hidden tokens" in caplog.text
+    assert not torch.allclose(asked, draw(v1))
+    dit = opened(make_checkpoint(tmp_path, kind="dit"))
+    assert draw(dit).isfinite().all()
+    with pytest.raises(ValueError, match="no masked pass"):
+        draw(dit, side_interpolator=True)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from mdt_ray.evaluation import chunks
 from mdt_ray.evaluation.digits import load_digits_features
 from mdt_ray.inference.sampler import Sampler, labels_of
 from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
+from tests.inference.conftest import make_checkpoint
 
 SAMPLING = SamplingConfig(sampler="dpm-solver++", num_sampling_steps=5, cfg_scale=3.0)
 
@@ -67,6 +68,15 @@ def test_metrics_do_not_depend_on_the_chunk_plan(checkpoint, tmp_path):
     assert set(results[0]) == {f"{m}_digits" for m in ("fid", "sfid", "is", "precision", "recall", "label_accuracy")}
     for name, value in results[0].items():
         assert results[1][name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_an_unconditional_model_is_evaluated_without_labels(tmp_path):
+    unconditional = make_checkpoint(tmp_path / "checkpoint", num_classes=0)
+    sampling = dataclasses.replace(SAMPLING, cfg_scale=1.0)
+    metrics = evaluate_many([evaluation(unconditional, tmp_path / "a", sampling=sampling)], pool=False)[0]["metrics"]
+    assert set(metrics) == {f"{m}_digits" for m in ("fid", "sfid", "is", "precision", "recall")}
+    with pytest.raises(ValueError, match="the model is unconditional; use cfg_scale 1"):
+        Sampler(unconditional, SAMPLING)
 
 
 def test_a_finished_evaluation_is_read_and_a_missing_chunk_made_again(checkpoint, tmp_path):

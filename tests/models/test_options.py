@@ -169,25 +169,46 @@ def test_without_relative_bias_attention_is_plain():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("decode_layer", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("decode_layer", range(7))
 def test_decoder_depth_moves_the_side_interpolator(decode_layer):
-    """Table 4: the masked pass by hand, block after block, with the hidden tokens filled in before the last N2."""
-    model = variant(decode_layer=decode_layer)
-    assert parameter_names(model) == parameter_names(DEFAULT)
-    c = layers.condition(model, T, Y)
+    """Table 4: both passes by hand, block after block, with the hidden tokens filled in before the last N2."""
+    published = randomised(MDT(**TINY | {"depth": 8}, decode_layer=2))
+    model = randomised(MDT(**TINY | {"depth": 8}, decode_layer=decode_layer))
+    assert parameter_names(model) == parameter_names(published)
+    model.load_state_dict(published.state_dict())
+    c, index = layers.condition(model, T, Y), model.relative_position_index
     for mask in (None, MASK):
         x = model.x_embedder(X) + model.pos_embed
-        positions = model.relative_position_index
-        x, kept_positions = (x, positions) if mask is None else (mask.keep(x), mask.pairs(positions))
+        x, positions = (x, index) if mask is None else (mask.keep(x), mask.pairs(index))
         for i, block in enumerate(model.blocks):
-            if i == 4 - decode_layer:
+            if i == 8 - decode_layer:
                 x = model.interpolate(x, c, mask)
-            x = block(x, c, kept_positions if i < 4 - decode_layer else positions)
+            x = block(x, c, positions if i < 8 - decode_layer else index)
         if decode_layer == 0:
             x = model.interpolate(x, c, mask)
         expected = layers.unpatchify(model.final_layer(x, c), (4, 4), 2)
         assert torch.equal(model(X, T, Y, mask=mask), expected)
-    assert (decode_layer == 2) == torch.equal(masked(model), masked(DEFAULT))
+    assert (decode_layer == 2) == torch.equal(masked(model), masked(published))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [o for o in OPTIONS if "decode_layer" not in o], ids=str)
+def test_choices_change_mdtv2_where_they_change_v1(options):
+    """The full pass differs only where a position or bias goes, the masked pass by every choice of it."""
+    plain, model = randomised(MDT(**TINY, long_skips=True)), randomised(MDT(**TINY, long_skips=True, **options))
+    model.load_state_dict(plain.state_dict(), strict=False)
+    same_full = options.keys() & {"masking", "num_side_blocks", "masked_shortcut", "learnable_positions"}
+    assert torch.equal(full(model), full(plain)) == bool(same_full)
+    if model.mask_token is not None:
+        assert torch.equal(masked(model), masked(plain)) == ("learnable_positions" in options)
+
+
+@pytest.mark.parametrize("long_skips", [False, True])
+def test_the_masked_pass_alone_uses_every_parameter(long_skips):
+    """Table 5d, masked."""
+    model = randomised(MDT(**TINY, long_skips=long_skips))
+    model(X, T, Y, mask=MASK).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 @torch.no_grad()
