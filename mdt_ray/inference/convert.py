@@ -55,8 +55,8 @@ def read_weights(source: str) -> Weights:
         with torch.serialization.safe_globals([argparse.Namespace]):  # (DiT's training checkpoints keep their arguments)
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"source = {source!r}: not a file of plain tensors, and nothing else is opened "
-                         f"({str(error).splitlines()[0]}); save its state dict alone with torch.save") from error
+        raise ValueError(f"source = {source!r}: not a file of plain tensors ({type(error).__name__}), and nothing else is "
+                         "opened, since a pickle can run code; save its state dict alone with torch.save") from error
     for name in ("ema", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
@@ -114,8 +114,10 @@ def write_checkpoint(converted: official.Converted, output: str, *, source: str,
 def export_weights(source: str, layout: official.Layout, output: str, weights: str = "ema") -> None:
     """Write the weights of a checkpoint of ours in another layout: a .pt file, or for diffusers_dit a folder.
 
-    Raises ValueError if that layout cannot hold them.
+    Raises ValueError if `source` is no checkpoint of ours, or that layout cannot hold it.
     """
+    if not _is_ours(source):
+        raise ValueError(f"source = {source!r}: neither a checkpoint of ours nor a training output; convert it to one first")
     uri = checkpoints.resolve(source)
     model, spare = load_model(uri, weights), None
     if storage.exists(storage.join(uri, SPARE)):

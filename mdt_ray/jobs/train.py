@@ -18,7 +18,7 @@ from mdt_ray.data.latents import Manifest
 from mdt_ray.inference import convert
 from mdt_ray.jobs import fanout, progress, session
 from mdt_ray.training.loop import TrainingDiverged
-from mdt_ray.training.run import resolve_model, run_rank
+from mdt_ray.training.run import INIT_FROM, resolve_model, run_rank
 
 logger = logging.getLogger(__name__)
 MAX_WORKER_FAILURES = 10
@@ -68,6 +68,9 @@ def train(config: TrainConfig) -> str:
     if not is_finished(config):
         with run_folder.claim(config.output, run) as token:
             session.start()
+            if config.init_from and not checkpoints.list_finished(config.output):
+                logger.info("starting from %s; %s lists what is taken and what is new", config.init_from,
+                            storage.join(config.output, INIT_FROM))
             _fit_with_retries(config, run, token)
     return checkpoints.resolve(config.output)
 

@@ -108,6 +108,7 @@ def test_bad_sources_are_named(published, tmp_path, capsys):
     assert "not a file of plain tensors" in message("--source", str(tmp_path / "pickle.pt"))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     assert "none of the known layouts" in message("--source", str(tmp_path / "other.pt"))
+    assert "neither a checkpoint of ours" in message("--source", str(published["dit"]), "--to", "dit")
     assert "num_heads: the shapes do not show it" in message("--source", str(published["dit"]))
     assert main(["convert", "--source", str(published["mdt_v1"]), "--output", str(tmp_path / "ours")]) == 0
     assert "cannot hold this MDT" in message("--source", str(tmp_path / "ours"), "--to", "dit")
