@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import pickle
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ def read_weights(source: str) -> Weights:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # (DiT's training checkpoints keep their arguments)
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # the unpickler fails in many ways on what is no pickle: KeyError, IndexError, ...
         raise ValueError(f"source = {source!r}: not a file of plain tensors ({type(error).__name__}), and nothing else is "
                          "opened, since a pickle can run code; save its state dict alone with torch.save") from error
     for name in ("ema", "model", "state_dict"):

@@ -68,6 +68,10 @@ class MDTPipeline(DiffusionPipeline):
         """
         path = str(pretrained_model_name_or_path)
         if not is_checkpoint(path):
+            if path.count("/") != 1 and not Path(path, "model_index.json").is_file():  # (a hub id has one slash)
+                raise ValueError(f"from_pretrained: {path!r} holds neither a pipeline (model_index.json), nor a checkpoint "
+                                 "(state.json), nor a training output (checkpoints/); a file of weights must go through "
+                                 "`mdt-ray convert` first")
             pipe = super().from_pretrained(path, **kwargs)
             card = Path(path, CARD)
             pipe.card = card.read_text() if card.is_file() else None

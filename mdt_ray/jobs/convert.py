@@ -36,6 +36,8 @@ def _import(config: ConvertConfig) -> str:
     logger.info("layout %s: %s", official.layout_of(weights.tensors),
                 ", ".join(f"{name} {value}" for name, value in sorted(arguments.items())))
     converted = official.convert(weights.tensors, arguments)
+    logger.info("  taken for granted (name others where they differ): --vae.path %s, --license %s", config.vae.path,
+                config.license)
     for note in converted.notes:
         logger.info("  %s", note)
     files.write_checkpoint(converted, config.output, source=config.source, sha256=weights.sha256, run=run,

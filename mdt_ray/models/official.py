@@ -253,7 +253,8 @@ def _misfit(model: MDT | DiT, layout: Layout) -> str | None:
         return "its latent is not square"
     if layout in ("dit", "diffusers_dit"):
         if not isinstance(model, DiT):
-            return "it has learnable positions and relative biases; convert to mdt_v1 or mdt_v2"
+            return ("it has learnable positions and relative biases; convert to "
+                    + ("mdt_v2" if config.long_skips else "mdt_v1"))
         computed = layers.sincos_positions(config.hidden_size, model.grid)
         if layout == "diffusers_dit" and not (config.num_classes and config.class_dropout_prob and config.mlp_ratio == 4):
             return "diffusers' has classes, a null label and an MLP of 4 times the width"
@@ -261,7 +262,8 @@ def _misfit(model: MDT | DiT, layout: Layout) -> str | None:
             return "its positions are not the sine-cosine table that diffusers computes"
         return None
     if not isinstance(model, MDT) or config.long_skips != (layout == "mdt_v2"):
-        return f"that is the naming of {'MDTv2' if layout == 'mdt_v2' else 'MDT v1'}"
+        return f"that is the naming of {'MDTv2' if layout == 'mdt_v2' else 'MDT v1'}; convert to " + (
+            "mdt_v1" if layout == "mdt_v2" else "mdt_v2")
     if config.decode_layer == 0:
         return "the published code needs a decoder (decode_layer >= 1)"
     plain = {"masking": "asymmetric", "masked_shortcut": True, "decoder_positions": True, "learnable_positions": True,

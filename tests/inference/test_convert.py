@@ -106,6 +106,9 @@ def test_bad_sources_are_named(published, tmp_path, capsys):
     assert "no such file" in message("--source", str(tmp_path / "none.pt"))
     torch.save({"a": NotATensor()}, tmp_path / "pickle.pt")
     assert "not a file of plain tensors" in message("--source", str(tmp_path / "pickle.pt"))
+    for name, data in (("text.pt", b"hello"), ("empty.pt", b""), ("page.pt", b"<html></html>")):
+        (tmp_path / name).write_bytes(data)
+        assert "not a file of plain tensors" in message("--source", str(tmp_path / name))
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     assert "none of the known layouts" in message("--source", str(tmp_path / "other.pt"))
     assert "neither a checkpoint of ours" in message("--source", str(published["dit"]), "--to", "dit")

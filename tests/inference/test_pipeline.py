@@ -246,6 +246,9 @@ def test_bad_arguments_are_named(pipe, checkpoint, tmp_path):
         pipe(class_labels=1, num_inference_steps=0)
     with pytest.raises(ValueError, match="predicts 'v_prediction'"):
         with_scheduler(pipe, diffusers.DDIMScheduler(prediction_type="v_prediction"))(class_labels=1)
+    for path in (tmp_path, tmp_path / "none", "back.pt"):
+        with pytest.raises(ValueError, match="holds neither a pipeline"):
+            MDTPipeline.from_pretrained(path)
     with pytest.raises(ValueError, match="weights = 'best'"):
         MDTPipeline.from_pretrained(checkpoint, weights="best")
     with pytest.raises(ValueError, match="no meaning for a checkpoint"):
