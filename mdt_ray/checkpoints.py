@@ -61,6 +61,11 @@ def steps_done(output: str) -> int:
     return step_of(found) if found else 0
 
 
+def is_here(uri: str) -> bool:
+    """Whether `uri` is a checkpoint or a training output."""
+    return any(storage.exists(storage.join(uri, name)) for name in (CHECKSUMS, CHECKPOINTS))
+
+
 def resolve(uri: str) -> str:
     """A checkpoint folder: `uri` itself, or the newest one of the training output `uri`. Raises ValueError if none."""
     if storage.exists(storage.join(uri, CHECKSUMS)):

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 NUM_TIMESTEPS = 1000
 """Steps of the diffusion process (paper section 5.1)."""
+NON_COMMERCIAL = "cc-by-nc-4.0"
+"""The licence of the published weights of MDT and DiT."""
 
 
 def operational(default: Any = MISSING, *, default_factory: Any = MISSING) -> Any:
@@ -364,7 +366,7 @@ class ConvertConfig:
     """0 if the label table has no null label."""
     image_size: int | None = None
     """Side of the images, in pixels; None: 8 times the latent's side."""
-    license: str = "cc-by-nc-4.0"
+    license: str = NON_COMMERCIAL
     """For the model card: the licence of the published weights of MDT and DiT; name that of your own ones."""
     weights: Literal["ema", "model"] = "ema"
     """For a way back: averaged or raw weights."""

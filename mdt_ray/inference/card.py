@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mdt_ray import storage
+from mdt_ray.config import NON_COMMERCIAL
 
 HEAD = """---
 library_name: diffusers
@@ -41,7 +42,7 @@ def model_card(checkpoint: str) -> str:
     text += _origin(origin) if origin else _training(checkpoint, facts, run)
     if started:
         text += f"Training started from the weights of `{started['file']}`.\n\n"
-    if license == "cc-by-nc-4.0":
+    if license == NON_COMMERCIAL:
         text += ("**Licence.** The published weights of MDT and DiT are for non-commercial use (CC BY-NC 4.0); converting "
                  "them, or training on from them, does not change that.\n\n")
     text += _table("Model", model)

@@ -14,13 +14,12 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
 from mdt_ray import checkpoints, storage
+from mdt_ray.config import NON_COMMERCIAL
 from mdt_ray.inference.card import model_card
 from mdt_ray.inference.labels import imagenet_classes
 from mdt_ray.inference.sampler import MODEL_CLASSES, load_model
 from mdt_ray.models import MDT, DiT, official
 
-NON_COMMERCIAL = "cc-by-nc-4.0"
-"""The licence of the published weights of MDT and DiT."""
 SPARE = "spare.safetensors"
 """Beside a converted model: the published tensors that ours has no place for, so that a conversion back is bit-equal."""
 
@@ -115,7 +114,7 @@ def export_weights(source: str, layout: official.Layout, output: str, weights: s
 
     Raises ValueError if `source` is no checkpoint of ours, or that layout cannot hold it.
     """
-    if not _is_ours(source):
+    if not checkpoints.is_here(source):
         raise ValueError(f"source = {source!r}: neither a checkpoint of ours nor a training output; convert it to one first")
     uri = checkpoints.resolve(source)
     model, spare = load_model(uri, weights), None
@@ -136,22 +135,21 @@ def export_weights(source: str, layout: official.Layout, output: str, weights: s
 
 def fingerprint_of(source: str) -> str:
     """A name of the weights at `source` by their content. Raises ValueError if there are none."""
-    if not _is_ours(source):
+    if not checkpoints.is_here(source):
         return read_weights(source).sha256[:16]
     return storage.sha256(storage.read_bytes(storage.join(checkpoints.resolve(source), checkpoints.CHECKSUMS)))[:16]
 
 
-def _is_ours(source: str) -> bool:
-    return any(storage.exists(storage.join(source, name)) for name in (checkpoints.CHECKSUMS, checkpoints.CHECKPOINTS))
+def _is_our_pipeline(source: str) -> bool:
+    part = storage.join(source, "transformer", "config.json")
+    return storage.exists(part) and storage.read_json(part).get("_class_name") in MODEL_CLASSES
 
 
 def origin_of(source: str) -> dict[str, Any]:
     """What a model card says of the weights at `source`: their file, and their licence where that is known."""
     origin: dict[str, Any] = {"file": source.rstrip("/").rpartition("/")[2], "license": None}
-    if not _is_ours(source):
-        part = storage.join(source, "transformer", "config.json")
-        own = storage.exists(part) and storage.read_json(part).get("_class_name") in MODEL_CLASSES
-        return origin | {"license": None if own else NON_COMMERCIAL}
+    if not checkpoints.is_here(source):
+        return origin | {"license": None if _is_our_pipeline(source) else NON_COMMERCIAL}
     facts = storage.read_json(storage.join(checkpoints.resolve(source), "state.json"))
     before = facts.get("origin") or facts.get("started_from") or {}
     return origin | {"license": before.get("license")}
@@ -159,10 +157,9 @@ def origin_of(source: str) -> dict[str, Any]:
 
 def load_any(source: str) -> MDT | DiT:
     """The model of a checkpoint or pipeline of ours, of a training output, or of anything that can be converted."""
-    if _is_ours(source):
+    if checkpoints.is_here(source):
         return load_model(checkpoints.resolve(source), "ema")
-    part = storage.join(source, "transformer", "config.json")
-    if storage.exists(part) and storage.read_json(part).get("_class_name") in MODEL_CLASSES:
+    if _is_our_pipeline(source):
         return load_model(source, "transformer")
     weights = read_weights(source)
     return official.load(weights.tensors, official.infer_config(weights.tensors, **weights.known))

@@ -67,10 +67,10 @@ class MDTPipeline(DiffusionPipeline):
         Raises ValueError if there is neither, or the checkpoint's VAE cannot be had.
         """
         path = str(pretrained_model_name_or_path)
-        if not is_checkpoint(path):
+        if not checkpoints.is_here(path):
             if path.count("/") != 1 and not Path(path, "model_index.json").is_file():  # (a hub id has one slash)
                 raise ValueError(f"from_pretrained: {path!r} holds neither a pipeline (model_index.json), nor a checkpoint "
-                                 "(state.json), nor a training output (checkpoints/); a file of weights must go through "
+                                 "(checksums.json), nor a training output (checkpoints/); a file of weights must go through "
                                  "`mdt-ray convert` first")
             pipe = super().from_pretrained(path, **kwargs)
             card = Path(path, CARD)
@@ -179,8 +179,3 @@ class MDTPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(images.float(), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def is_checkpoint(path: str) -> bool:
-    """Whether a path or URI is a checkpoint of ours or a training output, rather than a pipeline folder or a hub id."""
-    return any(storage.exists(storage.join(path, name)) for name in ("state.json", checkpoints.CHECKPOINTS))
