@@ -4,6 +4,9 @@ import json
 import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from mdt_ray import storage
 
 logger = logging.getLogger(__name__)
@@ -74,3 +77,8 @@ def resolve(uri: str) -> str:
     if found is None:
         raise ValueError(f"checkpoint = {uri!r}: neither a checkpoint nor a training output with one; run `mdt-ray train`")
     return found
+
+
+def read_metrics(uri: str) -> list[dict]:
+    """The rows of a metrics.parquet."""
+    return pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()

@@ -20,7 +20,6 @@ import torch.multiprocessing as mp
 from mdt_ray import checkpoints, config_io
 from mdt_ray.config import EmaConfig, ModelConfig, OptimConfig, TrainConfig
 from mdt_ray.data import latents
-from mdt_ray.training import state as states
 from mdt_ray.training.run import resolve_model, run_rank
 
 
@@ -79,7 +78,7 @@ def compare(straight: Path, resumed: Path) -> list[str]:
         if (a / name).read_bytes() != (b / name).read_bytes():
             differences.append(f"{name} differs")
     rows = [[{k: v for k, v in row.items() if k != "images_per_second"} for row in
-             states.read_metrics(str(folder / "metrics.parquet"))] for folder in (a, b)]
+             checkpoints.read_metrics(str(folder / "metrics.parquet"))] for folder in (a, b)]
     if json.dumps(rows[0]) != json.dumps(rows[1]):
         differences.append("losses differ")
     return differences

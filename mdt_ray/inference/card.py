@@ -2,10 +2,7 @@
 
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from mdt_ray import storage
+from mdt_ray import checkpoints, storage
 from mdt_ray.config import NON_COMMERCIAL
 
 HEAD = """---
@@ -60,7 +57,7 @@ def _training(checkpoint: str, facts: dict[str, Any], run: dict[str, Any]) -> st
         rows |= {f"optim.{name}": value for name, value in config["optim"].items()}
         rows |= {f"loss.{name}": value for name, value in config["loss"].items()}
     uri = storage.join(checkpoint, "metrics.parquet")
-    history = pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist() if storage.exists(uri) else []
+    history = checkpoints.read_metrics(uri) if storage.exists(uri) else []
     if history:
         losses = {name: value for name, value in history[-1].items() if name.startswith("loss") and value is not None}
         rows |= {name: f"{value:.4g}" for name, value in losses.items()}

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mdt_ray import config_io, storage
+from mdt_ray import checkpoints, config_io, storage
 from mdt_ray.config import EvaluateConfig, QuickstartConfig
 from mdt_ray.data import images, latents
 from mdt_ray.evaluation import chunks
 from mdt_ray.report import figures
-from mdt_ray.training import state as states
 
 STYLE = """
 :root { color-scheme: light; }
@@ -104,7 +103,7 @@ def _samples(config: QuickstartConfig, evaluation: EvaluateConfig, result: dict)
 
 
 def _training(config: QuickstartConfig, unguided: list[dict]) -> str:
-    rows = states.read_metrics(storage.join(config.train.output, "metrics.parquet"))
+    rows = checkpoints.read_metrics(storage.join(config.train.output, "metrics.parquet"))
     steps = [row["step"] for row in rows]
     series = {"full pass": (steps, [row["loss_full"] for row in rows])}
     if "loss_masked" in rows[0]:

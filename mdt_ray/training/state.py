@@ -62,10 +62,6 @@ def write_metrics(history: list[dict], uri: str) -> None:
     storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
-def read_metrics(uri: str) -> list[dict]:
-    return pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()
-
-
 def restore(state: TrainState, uri: str) -> None:
     """Load a checkpoint into `state`, in place."""
     with tempfile.TemporaryDirectory() as parent:
@@ -75,7 +71,7 @@ def restore(state: TrainState, uri: str) -> None:
         state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
         values = json.loads((folder / "state.json").read_text())
         state.step, state.attempt = values["step"], values["attempt"]
-        state.history[:] = read_metrics(str(folder / "metrics.parquet"))
+        state.history[:] = checkpoints.read_metrics(str(folder / "metrics.parquet"))
 
 
 def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int) -> None:

@@ -11,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mdt_ray import config_io, presets, storage
+from mdt_ray import checkpoints, config_io, presets, storage
 from mdt_ray.config import PrecomputeConfig, TrainConfig, VaeConfig, WorkersConfig
 from mdt_ray.data import images, latents
 from mdt_ray.data.vae import load_vae
 from mdt_ray.jobs.precompute import Encoder, Reader, precompute
 from mdt_ray.jobs.train import train
 from mdt_ray.jobs.tune import grid, load_space, tune
-from mdt_ray.training import state as states
 from tests.helpers import make_latents, tiny_training
 
 pytestmark = pytest.mark.ray
@@ -168,7 +167,7 @@ def test_workers_agree_whatever_their_number(tmp_path, ray_session):
         config = tiny_training(tmp_path / "latents", tmp_path / str(count), num_steps=10,
                                workers=WorkersConfig(num_workers=count, cpus_per_worker=0.5))
         uri = train(config)
-        rows.append(states.read_metrics(storage.join(uri, "metrics.parquet")))
+        rows.append(checkpoints.read_metrics(storage.join(uri, "metrics.parquet")))
     for one, three in zip(*rows, strict=True):
         assert one["loss_full"] == pytest.approx(three["loss_full"], rel=1e-5)
         assert one["loss_masked"] == pytest.approx(three["loss_masked"], rel=1e-5)

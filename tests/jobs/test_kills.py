@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from mdt_ray import checkpoints, storage
-from mdt_ray.training import state as states
 from tests import harness
 from tests.helpers import make_latents
 
@@ -91,7 +90,7 @@ def test_train_goes_on_after_a_kill(folder, latents, environment, victim):
     for name in ("model/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors", "optimizer.pt"):
         assert storage.read_bytes(f"{a}/{name}") == storage.read_bytes(f"{b}/{name}"), name
     rows = [[{k: v for k, v in row.items() if k != "images_per_second"}
-             for row in states.read_metrics(f"{uri}/metrics.parquet")] for uri in (a, b)]
+             for row in checkpoints.read_metrics(f"{uri}/metrics.parquet")] for uri in (a, b)]
     assert len(rows[0]) == 120
     assert rows[0] == rows[1]
     assert harness.leftovers(killed) == []
