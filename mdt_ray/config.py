@@ -56,13 +56,17 @@ class PrecomputeConfig:
     """Job `precompute`: images -> VAE posterior (mean and std) -> Parquet."""
 
     source: str = operational("")
-    """Images: a Parquet file or folder with `image` (struct of bytes, path) and `label`, or `digits`."""
+    """Images (URI): a folder with a subfolder per class or a table of labels; Parquet files; WebDataset tars; `digits`."""
+    labels: str = operational("")
+    """CSV or Parquet with columns file and label (URI), for a folder without a subfolder per class."""
     output: str = operational("")
     """Folder (URI) that gets the latents and their manifest."""
     vae: VaeConfig = VaeConfig()
     """The autoencoder."""
     image_size: int = 256
     """Side of the square centre crop, in pixels."""
+    exif_rotation: bool = False
+    """Turn each picture as its EXIF data say (the published models were trained without)."""
     flip: bool = False
     """Also encode every mirror image (a latent cannot simply be mirrored)."""
     chunk_size: int = 4096
@@ -73,6 +77,12 @@ class PrecomputeConfig:
     """Rows of a Parquet row group, the unit of shuffled reading."""
     validation_share: float = 0.01
     """Share of images held out from training, chosen by a hash of their id."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast dtype of the VAE."""
+    max_rejected: float = operational(0.01)
+    """Share of images that may turn out unreadable before the job stops."""
+    decoders_per_worker: int = operational(4)
+    """Tasks, of one CPU each on any node, that read ahead and decode for one encoder."""
     workers: WorkersConfig = operational(WorkersConfig())
     """The pool of encoder actors."""
 
@@ -82,6 +92,8 @@ class PrecomputeConfig:
         require(self.encode_batch_size > 0, "encode_batch_size", self.encode_batch_size, "must be positive")
         require(self.rows_per_group > 0, "rows_per_group", self.rows_per_group, "must be positive")
         require(0 <= self.validation_share < 1, "validation_share", self.validation_share, "must be in [0, 1)")
+        require(0 <= self.max_rejected <= 1, "max_rejected", self.max_rejected, "must be in [0, 1]")
+        require(self.decoders_per_worker > 0, "decoders_per_worker", self.decoders_per_worker, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,12 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts]) + mark + query
 
 
+def parent(uri: str) -> str:
+    """The folder that holds a file or folder, with the query string of the URI."""
+    base, mark, query = uri.partition("?") if "://" in uri else (absolute(uri), "", "")
+    return base.rstrip("/").rpartition("/")[0] + mark + query
+
+
 def exists(uri: str) -> bool:
     fs, path = resolve(uri)
     return fs.get_file_info(path).type != pafs.FileType.NotFound
@@ -46,6 +52,13 @@ def list_names(uri: str) -> list[str]:
     """Sorted names of a folder's children; empty if there is no such folder."""
     fs, path = resolve(uri)
     return sorted(info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """Sizes of a folder's files by name; empty if there is no such folder."""
+    fs, path = resolve(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
 
 
 def read_bytes(uri: str) -> bytes:
@@ -65,19 +78,31 @@ def read_json(uri: str) -> Any:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Create or replace a file, whole."""
+    """Create or replace a file, whole. Raises OSError naming the file and what to do, with nothing half-written left."""
     fs, path = resolve(uri)
-    if isinstance(fs, pafs.LocalFileSystem):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.tmp-{os.getpid()}"
-        try:
-            Path(temporary).write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    else:
-        with fs.open_output_stream(path) as stream:
-            stream.write(data)
+    try:
+        if isinstance(fs, pafs.LocalFileSystem):
+            _write_local(path, data)
+        else:
+            with fs.open_output_stream(path) as stream:
+                stream.write(data)
+            # A stream that is closed after a failed write may have completed an upload that lacks its end.
+            if (size := fs.get_file_info(path).size) != len(data):
+                fs.delete_file(path)
+                raise OSError(f"{size} bytes arrived of {len(data)}")
+    except OSError as error:
+        raise OSError(error.errno, f"{uri}: could not be written ({error.strerror or error}); make room or mend the access, "
+                                   "and run the same command again") from error
+
+
+def _write_local(path: str, data: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        Path(temporary).write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(uri: str, value: Any) -> None:

@@ -15,7 +15,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from matplotlib.patches import FancyBboxPatch
 
-from mdt_ray.data import images
+from mdt_ray.data import images, readers, sources
+from mdt_ray.data.vae import to_unit_range
 from mdt_ray.evaluation.digits import is_held_out
 from mdt_ray.inference.inpaint import MDTInpaintPipeline
 
@@ -87,9 +88,10 @@ def architecture(path: Path) -> None:
 def inpainting(checkpoint: str, path: Path, num_images: int = 8) -> None:
     """Held-out digits; for every mask ratio, what is known of them and what the model makes of that and the label."""
     rows = [i for i in range(400) if is_held_out(i) and i % 3 == 0][:num_images]
-    read = list(images.read_images(images.list_source("digits")[0], 0, rows[-1] + 1))
-    crops = np.stack([images.center_crop(images.decode_image(read[i].data), 32) for i in rows])  # (B, H, W, 3)
-    pictures = torch.from_numpy(images.to_unit_range(crops) / 2 + 0.5)  # (B, 3, H, W)
+    source = sources.open_source("digits")
+    read = readers.read_few(source.folder, source.kind, sources.list_images(source).table.slice(0, 400))
+    crops = np.stack([images.center_crop(images.decode_image(read.data[i].as_py()), 32) for i in rows])  # (B, H, W, 3)
+    pictures = to_unit_range(torch.from_numpy(crops)) / 2 + 0.5  # (B, 3, H, W)
     pipe = MDTInpaintPipeline.from_pretrained(checkpoint)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     shown = [("image", pictures)]
@@ -97,7 +99,7 @@ def inpainting(checkpoint: str, path: Path, num_images: int = 8) -> None:
         hidden = pipe.hidden_tokens(num_images, mask_ratio=ratio, generator=torch.Generator().manual_seed(1))
         mask = hidden.reshape(-1, 1, *pipe.transformer.grid).repeat_interleave(8, 2).repeat_interleave(8, 3).float()
         shown.append((f"{ratio:.0%} masked", pictures * (1 - mask) + 0.45 * mask))
-        out = pipe(pictures, mask, class_labels=[read[i].label for i in rows], num_inference_steps=50,
+        out = pipe(pictures, mask, class_labels=[read.labels[i] for i in rows], num_inference_steps=50,
                    generator=torch.Generator().manual_seed(2), output_type="pt")
         shown.append(("inpainted", out.images))
     figure, axes = plt.subplots(len(shown), num_images, figsize=(num_images * 0.75, len(shown) * 0.75))

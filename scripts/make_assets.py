@@ -30,7 +30,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from mdt_ray.data.images import DIGITS
+from mdt_ray.data.sources import DIGITS
 from mdt_ray.evaluation.digits import IMAGE_SIZE, NUM_POOL, DigitsFeatures, is_held_out, load_digits_features
 
 # B batch, H = W = 32 image side, C = 4 latent channels, h = w = 4 latent side.

@@ -1,130 +1,63 @@
-"""Encoded images in, square uint8 RGB arrays out; and the Parquet layout of Hugging Face's ImageNet that they come in.
-
-Not a pipeline: jobs/precompute.py drives it.
-"""
+"""Encoded pictures in, square uint8 RGB arrays out. Not a reader of files, and not a pipeline."""
 
 import io
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import warnings
 
 import numpy as np
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
 
-from mdt_ray import storage
-
-DIGITS = Path(__file__).parents[1] / "assets" / "digits"
+MAX_PIXELS = 178_956_970
+"""Pictures of more pixels are rejected, by their header: what Pillow calls a decompression bomb."""
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """A Parquet file of images, and what tells that it has not changed."""
+def decode_image(data: bytes | None, exif_rotation: bool = False) -> Image.Image:
+    """An encoded picture as RGB: the first frame, transparency over white, 16 bits scaled to 8.
 
-    uri: str
-    name: str
-    """Path below the source: the same wherever the source lies."""
-    num_rows: int
-    size: int
-
-
-@dataclass(frozen=True)
-class SourceImage:
-    id: str
-    label: int
-    data: bytes
-    """The encoded file."""
-
-
-def list_source(source: str) -> list[SourceFile]:
-    """The Parquet files of a source (a file, a folder, or `digits`), sorted by name.
-
-    Raises ValueError if there is none, or if a file is not a Parquet file with `image` and `label`.
+    Args:
+        exif_rotation: turn it as its EXIF orientation says (the published models were trained without).
+    Raises ValueError for bytes that are no whole picture, and for what has no defined colours or too many pixels.
     """
-    uri = str(DIGITS / "digits.parquet") if source == "digits" else source
-    fs, path = storage.resolve(uri)
-    info = fs.get_file_info(path)
-    if info.type == pafs.FileType.NotFound:
-        raise ValueError(f"source = {source!r}: no such file or folder")
-    if info.type == pafs.FileType.File:
-        infos = [info]
-    else:
-        infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-        infos = sorted((i for i in infos if i.extension == "parquet"), key=lambda i: i.path)
-    if not infos:
-        raise ValueError(f"source = {source!r}: holds no *.parquet file")
-    local = isinstance(fs, pafs.LocalFileSystem)
-    files = []
-    for i in infos:
-        try:
-            metadata = pq.read_metadata(i.path, filesystem=fs)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{i.path}: not a readable Parquet file ({error})") from error
-        for column in ("image", "label"):
-            if column not in metadata.schema.to_arrow_schema().names:
-                raise ValueError(f"{i.path}: has no column {column!r}; expected image (struct of bytes, path) and label")
-        name = i.path[len(path):].lstrip("/") or i.base_name
-        files.append(SourceFile(uri=i.path if local else storage.join(source, name), name=name,
-                                num_rows=metadata.num_rows, size=i.size))
-    return files
-
-
-def source_fingerprint(files: list[SourceFile]) -> list[dict]:
-    """What of a source is part of a run's identity: names, rows and sizes, not its place."""
-    return [{key: value for key, value in asdict(f).items() if key != "uri"} for f in files]
-
-
-def read_images(file: SourceFile, start: int, stop: int) -> Iterator[SourceImage]:
-    """Rows start..stop of a file, reading only the row groups that hold them.
-
-    An image's id is its path where the file names one, else file name and row.
-    """
-    fs, path = storage.resolve(file.uri)
-    with fs.open_input_file(path) as handle:
-        parquet = pq.ParquetFile(handle)
-        first = 0
-        for group in range(parquet.num_row_groups):
-            last = first + parquet.metadata.row_group(group).num_rows
-            if first < stop and start < last:
-                rows = parquet.read_row_group(group, columns=["image", "label"])
-                rows = rows.slice(max(start - first, 0), min(stop, last) - max(start, first))
-                for offset, row in enumerate(rows.to_pylist(), start=max(start, first)):
-                    name = row["image"].get("path") or f"{file.name}#{offset}"
-                    yield SourceImage(id=name, label=row["label"], data=row["image"]["bytes"])
-            first = last
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """An encoded image as RGB. Raises ValueError for bytes that are no whole image."""
+    if not data:
+        raise ValueError("no bytes")
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a readable image ({error})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of corrupt EXIF data, of large pictures below MAX_PIXELS
+            image = Image.open(io.BytesIO(data))
+            _check_pixels(image.width, image.height)
+            if exif_rotation:
+                image = ImageOps.exif_transpose(image)
+            return _to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise whatever hostile bytes lead them to
+        raise ValueError(f"not a readable image ({str(error) or type(error).__name__})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers without a defined range")
+    if image.mode.startswith("I"):  # I;16, I;16B, I: 16-bit greyscale; plain conversion would clip at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """ADM's square crop: halve by box filter while the short side is at least 2 x size, bicubic to size, cut the centre.
 
-    Returns (size, size, 3) uint8.
+    Returns (size, size, 3) uint8. Raises ValueError for a picture so long that the resized one would be too large.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
-    top, left = (image.height - size) // 2, (image.width - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    _check_pixels(width, height)
+    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
+    top, left = (height - size) // 2, (width - size) // 2
     return np.asarray(image)[top:top + size, left:left + size]
-
-
-def to_unit_range(images: np.ndarray) -> np.ndarray:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) on [-1, 1]."""
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
-
-
-def class_names(source: str) -> list[str] | None:
-    """Names of the classes where the Parquet files carry Hugging Face's description of them, else None."""
-    fs, path = storage.resolve(list_source(source)[0].uri)
-    metadata = pq.read_schema(path, filesystem=fs).metadata or {}
-    description = json.loads(metadata.get(b"huggingface", b"{}"))
-    return description.get("info", {}).get("features", {}).get("label", {}).get("names")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,10 @@ import pyarrow.parquet as pq
 
 from mdt_ray import config_io, storage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+REJECTED = "rejected.parquet"
+REBUILD = "run the same `mdt-ray precompute` again, which rebuilds just that file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,12 @@ class Manifest:
     class_counts: list[int]
     class_names: list[str]
     flip: bool
-    rejected: list[dict] = field(default_factory=list)
-    """id and reason of every image that could not be read."""
+    precision: str = "fp32"
+    """In which the VAE encoded: fp32 or bf16."""
+    num_rejected: int = 0
+    """Images that could not be read; rejected.parquet lists them."""
+    statistics: dict = field(default_factory=dict)
+    """mean and std of each channel of raw latents drawn from the posteriors, over all images."""
     files: list[LatentFile] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
@@ -98,6 +105,30 @@ def write_file(uri: str, table: pa.Table, rows_per_group: int) -> LatentFile:
                       sha256=storage.sha256(data), rows_per_group=rows_per_group, validation_rows=validation_rows)
 
 
+def sums(moments: np.ndarray) -> dict[str, Any]:
+    """What `statistics` adds up, of moments (n, 2, C, h, w): per channel, in float64."""
+    mean, std = moments.astype(np.float64).swapaxes(0, 1)  # 2 x (n, C, h, w)
+    axes = (0, 2, 3)
+    return {"count": mean.size // mean.shape[1], "sum": mean.sum(axes).tolist(),
+            "sum_of_squares": (mean**2 + std**2).sum(axes).tolist()}
+
+
+def statistics(parts: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """mean and std of each channel of raw latents drawn from the posteriors (their variance is that of the means plus the
+    mean of the variances)."""
+    count = sum(part["count"] for part in parts)
+    mean, square = (np.sum([part[name] for part in parts], 0) / count for name in ("sum", "sum_of_squares"))
+    return {"mean": mean.tolist(), "std": np.sqrt(square - mean**2).tolist()}
+
+
+def write_rejected(folder: str, rejected: list[dict[str, str]]) -> None:
+    """rejected.parquet: id and reason of every image that could not be read."""
+    buffer = io.BytesIO()
+    schema = pa.schema([("id", pa.string()), ("reason", pa.string())])
+    pq.write_table(pa.Table.from_pylist(rejected, schema), buffer)
+    storage.write_bytes(storage.join(folder, REJECTED), buffer.getvalue())
+
+
 def write_manifest(folder: str, manifest: Manifest) -> None:
     storage.write_json(storage.join(folder, MANIFEST), asdict(manifest))
 
@@ -116,21 +147,19 @@ def open_manifest(folder: str) -> Manifest:
         raise ValueError(f"{folder}: schema_version = {values.get('schema_version')!r}, must be {SCHEMA_VERSION}; "
                          "write the latents again with `mdt-ray precompute`")
     manifest = Manifest(**values | {"files": [LatentFile(**f) for f in values["files"]]})
+    sizes = storage.list_sizes(folder)
     for file in manifest.files:
-        check_file(folder, file)
+        if damage := damage_of(file, sizes):
+            raise ValueError(f"{storage.join(folder, file.name)}: {damage}; {REBUILD}")
     return manifest
 
 
-def check_file(folder: str, file: LatentFile) -> None:
-    """Raise ValueError if a listed file is missing or has another size."""
-    uri = storage.join(folder, file.name)
-    fs, path = storage.resolve(uri)
-    info = fs.get_file_info(path)
-    if not info.is_file:
-        raise ValueError(f"{uri}: missing; run the same `mdt-ray precompute` again, which rebuilds just that file")
-    if info.size != file.num_bytes:
-        raise ValueError(f"{uri}: {info.size} bytes, must be {file.num_bytes} (truncated or changed); run the same "
-                         "`mdt-ray precompute` again, which rebuilds just that file")
+def damage_of(file: LatentFile, sizes: dict[str, int]) -> str:
+    """What is wrong with a listed file, by the folder's listing: missing, or of another size; empty if nothing."""
+    if file.name not in sizes:
+        return "missing"
+    found = sizes[file.name]
+    return "" if found == file.num_bytes else f"{found} bytes, must be {file.num_bytes} (truncated or changed)"
 
 
 def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip: bool) -> dict[str, np.ndarray]:

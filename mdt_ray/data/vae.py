@@ -1,18 +1,22 @@
-"""The autoencoder between images and latents: any diffusers AutoencoderKL, frozen, in float32.
+"""The autoencoder between images and latents: any diffusers AutoencoderKL, frozen.
 
 B batch, C latent channels, H x W image, h x w latent.
 """
 
 import json
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from mdt_ray import config_io, storage
-from mdt_ray.config import VaeConfig
-from mdt_ray.data.images import DIGITS
+from mdt_ray.config import VaeConfig, require
+from mdt_ray.data.sources import DIGITS
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,14 @@ class Vae:
     weights_hash: str
 
     @torch.inference_mode()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) on [-1, 1] -> posterior mean and std, raw and unscaled, (B, 2, C, h, w) float32."""
-        posterior = self.model.encode(images).latent_dist
+    def encode(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Images (B, 3, H, W) on [-1, 1] -> posterior mean and std, raw and unscaled, (B, 2, C, h, w) float32.
+
+        `dtype` bfloat16 autocasts the network; the posterior is float32 in any case.
+        """
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            parameters = self.model.encode(images).latent_dist.parameters
+        posterior = DiagonalGaussianDistribution(parameters.float())
         return torch.stack([posterior.mean, posterior.std], dim=1)
 
     @torch.inference_mode()
@@ -41,15 +50,50 @@ class Vae:
 
 def load_vae(config: VaeConfig, device: str | torch.device = "cpu") -> Vae:
     """Load by local path, hub id, or `digits`. Raises ValueError if there is no such autoencoder."""
-    path = str(DIGITS / "vae") if config.path == "digits" else config.path
-    try:
-        model = AutoencoderKL.from_pretrained(path, revision=config.revision, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"vae.path = {config.path!r}: no AutoencoderKL there ({str(error).splitlines()[0]}); give a local "
-                         "folder, a hub id (with network), or 'digits'") from error
+    model = _open(config, lambda path: AutoencoderKL.from_pretrained(path, revision=config.revision,
+                                                                     low_cpu_mem_usage=False))
     model = model.eval().requires_grad_(False).to(device)
     return Vae(model=model, scale=model.config.scaling_factor, shift=model.config.shift_factor or 0.0,
                weights_hash=_hash_weights(model))
+
+
+def pin_revision(config: VaeConfig) -> VaeConfig:
+    """The same autoencoder with a hub's newest revision written out as a commit; a local folder as it is.
+
+    Raises ValueError if there is no such autoencoder.
+    """
+    if config.path == "digits" or Path(config.path).is_dir():
+        return config
+    _, commit = _open(config, lambda path: AutoencoderKL.load_config(path, revision=config.revision,
+                                                                     return_commit_hash=True))
+    return VaeConfig(path=config.path, revision=commit or config.revision)
+
+
+def vae_config(config: VaeConfig) -> dict:
+    """The autoencoder's own settings, without its weights. Raises ValueError if there is no such autoencoder."""
+    return _open(config, lambda path: AutoencoderKL.load_config(path, revision=config.revision))
+
+
+def downscaling(settings: dict) -> int:
+    """Image pixels per latent pixel: each level but the last halves."""
+    return 2 ** (len(settings["block_out_channels"]) - 1)
+
+
+def check_image_size(config: VaeConfig, image_size: int) -> None:
+    """Raise ValueError for a side that the autoencoder does not divide."""
+    factor = downscaling(vae_config(config))
+    require(image_size % factor == 0, "image_size", image_size,
+            f"must be divisible by {factor}, the downscaling of vae.path = {config.path!r}")
+
+
+def _open(config: VaeConfig, load: Callable[[str], Any]) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers calls the hub's client so
+            return load(str(DIGITS / "vae") if config.path == "digits" else config.path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"vae.path = {config.path!r}: no AutoencoderKL there ({str(error).splitlines()[0]}); give a local "
+                         "folder, a hub id (with network), or 'digits'") from error
 
 
 def vae_fingerprint(config: VaeConfig) -> str:
@@ -65,3 +109,8 @@ def _hash_weights(model: AutoencoderKL) -> str:
     digests = {name: storage.sha256(tensor.detach().cpu().contiguous().numpy().tobytes())
                for name, tensor in model.state_dict().items()}
     return config_io.fingerprint([json.dumps(digests, sort_keys=True)])
+
+
+def to_unit_range(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) on [-1, 1]."""
+    return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1

@@ -14,6 +14,7 @@ from safetensors.numpy import save as save_safetensors
 from mdt_ray import storage
 from mdt_ray.config import EvaluateConfig
 from mdt_ray.data import images
+from mdt_ray.data.readers import Piece
 from mdt_ray.evaluation import metrics
 from mdt_ray.evaluation.digits import IMAGE_SIZE, load_digits_features
 from mdt_ray.evaluation.features import Extractor
@@ -63,16 +64,15 @@ def sample_chunk(sampler: Sampler, extractor: Extractor, config: EvaluateConfig,
     return measure(extractor, torch.cat(pictures), labels, config.keep_images - start)
 
 
-def reference_chunk(extractor: Extractor, file: images.SourceFile, start: int, stop: int, image_size: int,
-                    num_kept: int) -> dict[str, np.ndarray]:
-    """Measure the real images in rows start..stop of a source file; ones that cannot be read are left out."""
+def reference_chunk(extractor: Extractor, piece: Piece, image_size: int, num_kept: int) -> dict[str, np.ndarray]:
+    """Measure real images; ones that cannot be read are left out."""
     pixels, labels = [], []
-    for image in images.read_images(file, start, stop):
+    for label, data in zip(piece.labels, piece.data, strict=True):
         try:
-            pixels.append(images.center_crop(images.decode_image(image.data), image_size))
+            pixels.append(images.center_crop(images.decode_image(data.as_py()), image_size))
         except ValueError:
             continue
-        labels.append(image.label)
+        labels.append(label)
     pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
     return measure(extractor, pictures, torch.tensor(labels), num_kept)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from mdt_ray.data.images import DIGITS
+from mdt_ray.data.sources import DIGITS
 from mdt_ray.evaluation.features import Features
 
 # B batch, D pool features, S spatial features. The one image size it knows is 32.

@@ -9,21 +9,23 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import EvaluateConfig
-from mdt_ray.data import images
+from mdt_ray.data import readers, sources
+from mdt_ray.data.sources import Listing, Source
 from mdt_ray.evaluation import chunks
 from mdt_ray.inference.sampler import Sampler
 from mdt_ray.jobs import fanout, progress, session
 
 METRICS = "metrics.json"
+LISTING = "listing.parquet"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Plan:
     facts: dict
     """state.json of the checkpoint."""
     checkpoint_hash: str
-    sources: list[images.SourceFile]
+    source: Source
+    """The real images."""
+    listing: Listing
     reference_folder: str
 
     def sample_uris(self) -> dict[str, dict[str, Any]]:
@@ -47,13 +51,15 @@ class Plan:
 
     def reference_uris(self) -> dict[str, dict[str, Any]]:
         """File of each chunk of real images -> its item of work."""
-        config, items = self.config, {}
-        for number, file in enumerate(self.sources):
-            for start in range(0, file.num_rows, config.chunk_size):
-                uri = storage.join(self.reference_folder, "chunks", f"{number:05d}-{start:08d}.safetensors")
-                items[uri] = {"kind": "reference", "file": json.dumps(asdict(file)), "start": start,
-                              "stop": min(start + config.chunk_size, file.num_rows)}
-        return items
+        count, size = self.listing.table.num_rows, self.config.chunk_size
+        return {storage.join(self.reference_folder, "chunks", f"{start:08d}.safetensors"):
+                {"kind": "reference", "start": start, "stop": min(start + size, count)}
+                for start in range(0, count, size)}
+
+    def write_listing(self) -> None:
+        """For the actors: part k holds the images of the reference's chunk k."""
+        parts = [np.arange(item["start"], item["stop"]) for item in self.reference_uris().values()]
+        sources.write_parts(storage.join(self.reference_folder, LISTING), self.listing, parts)
 
 
 def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
@@ -63,12 +69,13 @@ def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
     config = dataclasses.replace(config, checkpoint=checkpoint, reference=reference, output=storage.absolute(config.output))
     facts = storage.read_json(storage.join(checkpoint, "state.json"))
     chunks.check_extractor(config.extractor, facts["image_size"])
-    sources = images.list_source(config.reference)
+    source = sources.open_source(config.reference)
     checkpoint_hash = storage.sha256(storage.read_bytes(storage.join(checkpoint, checkpoints.CHECKSUMS)))[:16]
-    fingerprint = config_io.fingerprint([images.source_fingerprint(sources), config.extractor, facts["image_size"],
+    fingerprint = config_io.fingerprint([source.fingerprint, config.extractor, facts["image_size"],
                                          config.chunk_size])
     run = run_folder.describe("evaluate", config, {"checkpoint": checkpoint_hash, "reference": fingerprint})
-    return Plan(config=config, run=run, facts=facts, checkpoint_hash=checkpoint_hash, sources=sources,
+    return Plan(config=config, run=run, facts=facts, checkpoint_hash=checkpoint_hash, source=source,
+                listing=sources.list_images(source),
                 reference_folder=storage.join(storage.absolute(reference_root or config.output), f"reference-{fingerprint}"))
 
 
@@ -112,7 +119,12 @@ def _run_missing(plans: list[Plan], pool: bool) -> None:
     missing = [item for uri, item in items.items() if not storage.exists(uri)]
     if not missing:
         return
-    plain = [{"config": config_io.to_dict(p.config), "image_size": p.facts["image_size"]} for p in plans]
+    for p in plans:
+        if any(uri in p.reference_uris() for uri in (item["uri"] for item in missing)):
+            p.write_listing()
+    plain = [{"config": config_io.to_dict(p.config), "image_size": p.facts["image_size"],
+              "folder": p.source.folder, "kind": p.source.kind,
+              "listing": storage.join(p.reference_folder, LISTING)} for p in plans]
     if not pool:
         work = Evaluator(plain)
         for item in missing:
@@ -122,13 +134,8 @@ def _run_missing(plans: list[Plan], pool: bool) -> None:
     total = sum(item["stop"] - item["start"] for item in items.values())
     waiting = sum(item["stop"] - item["start"] for item in missing)
     with progress.bar(total, "image", "evaluate", initial=total - waiting) as bar:
-        for row in fanout.run_chunks(_uniform(missing), Evaluator, (plain,), plans[0].config.workers):
+        for row in fanout.run_chunks(missing, Evaluator, (plain,), plans[0].config.workers):
             bar.update(row["num_images"])
-
-
-def _uniform(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Items with the same keys, as rows of one table need."""
-    return [{"file": ""} | item for item in items]
 
 
 def _write_metrics(p: Plan, seconds: float) -> None:
@@ -151,7 +158,7 @@ class Evaluator:
 
     def __init__(self, plain: list[dict[str, Any]]):
         self.configs = [config_io.from_dict(EvaluateConfig, p["config"]) for p in plain]
-        self.image_sizes = [p["image_size"] for p in plain]
+        self.plain = plain
         self.device = session.settle(self.configs[0].workers)
         self.sampler = functools.lru_cache(maxsize=1)(self._sampler)
         self.extractor = functools.cache(lambda name: chunks.EXTRACTORS[name]())
@@ -166,8 +173,9 @@ class Evaluator:
         if item["kind"] == "sample":
             arrays = chunks.sample_chunk(self.sampler(item["plan"]), extractor, config, item["start"], item["stop"])
         else:
-            file = images.SourceFile(**json.loads(item["file"]))
-            arrays = chunks.reference_chunk(extractor, file, item["start"], item["stop"], self.image_sizes[item["plan"]],
-                                            config.keep_images - item["start"])
+            p = self.plain[item["plan"]]
+            rows, _, _ = sources.read_parts(p["listing"], [item["start"] // config.chunk_size])
+            piece = readers.read_few(p["folder"], p["kind"], rows)
+            arrays = chunks.reference_chunk(extractor, piece, p["image_size"], config.keep_images - item["start"])
         chunks.write_chunk(item["uri"], arrays)
         return {"num_images": item["stop"] - item["start"]}

@@ -4,7 +4,7 @@ A worker class is built once per actor and called with one item at a time; it wr
 a small row. An actor that dies is replaced and its item given to another, so a chunk may be written twice, with equal bytes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -25,34 +25,29 @@ class _OneItem:
 
 
 def run_chunks(items: list[dict[str, Any]], worker: type, arguments: tuple, workers: WorkersConfig,
-               prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Iterator[dict[str, Any]]:
+               calls_per_worker: int = 1) -> Iterator[dict[str, Any]]:
     """Rows that the workers return, in the order in which they finish.
 
     Args:
         items: small dicts, one a chunk.
         worker: class; worker(*arguments) is called once an actor, and with each item. Returns a dict of plain values.
         workers: size of the pool and what an actor takes.
-        prepare: runs on CPU tasks before the actor (reading, decoding), item in, item out.
+        calls_per_worker: items that an actor is given at a time, each in a thread of its own.
     Raises what the worker raised.
     """
     if not items:
         return
     count = min(workers.num_workers, len(items))
     data = ray.data.from_items(items, override_num_blocks=len(items))
-    if prepare is not None:
-        data = data.map_batches(_prepared, fn_args=(prepare,), batch_size=1)
-    data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments), batch_size=1,
-                            compute=ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=2),
+    pool = ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=calls_per_worker + 1,
+                             max_concurrent_calls_per_actor=calls_per_worker, enable_true_multi_threading=True)
+    data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments), batch_size=1, compute=pool,
                             num_cpus=workers.cpus_per_worker if not workers.gpus_per_worker else None,
                             num_gpus=workers.gpus_per_worker or None)
     try:
         yield from data.iter_rows()
     except RayError as error:
         raise root_cause(error) from None
-
-
-def _prepared(batch: dict[str, Any], prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, list]:
-    return {name: [value] for name, value in prepare(_row(batch)).items()}
 
 
 def _row(batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,176 +1,186 @@
 """Job `precompute`: images -> VAE posterior -> Parquet, chunk by chunk, restartable by running the same command again.
 
-    plan.json             chunks: file and rows of the source, written first
-    chunks/k.json         what chunk k holds, written after its Parquet file
-    chunk-k.parquet       the latents
+    source.parquet        the source's files as they were found
+    plan.parquet          a row per image; row group k is chunk k
+    chunk-k.parquet       the latents of chunk k
+    chunks/k.json         what it holds, written after it
+    rejected.parquet      the images that could not be read
     manifest.json         written last
 """
 
 import json
 import logging
+import math
 import time
 from collections import Counter
-from dataclasses import asdict
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 
 from mdt_ray import config_io, run_folder, storage
-from mdt_ray.config import PrecomputeConfig, VaeConfig
-from mdt_ray.data import images, latents
+from mdt_ray.config import PrecomputeConfig
+from mdt_ray.data import latents, sources
 from mdt_ray.data.latents import LatentFile, Manifest
-from mdt_ray.data.vae import load_vae, vae_fingerprint
+from mdt_ray.data.sources import Listing, Source
+from mdt_ray.data.vae import check_image_size, pin_revision, vae_fingerprint
 from mdt_ray.jobs import fanout, progress, session
+from mdt_ray.jobs.decode import PLAN
+from mdt_ray.jobs.encode import Encoder, entry_uri
 
 logger = logging.getLogger(__name__)
+SOURCE = "source.parquet"
+CALLS_PER_ENCODER = 2
+"""Chunks in an encoder at a time: one on the device, one that is read ahead or written."""
 
 
 def precompute(config: PrecomputeConfig) -> Manifest:
     """Encode the source; returns the manifest. Does nothing where it is finished.
 
-    Raises ValueError for a bad source or VAE, and if the output holds another run or has another writer.
+    Raises ValueError for a bad source or VAE, for more than max_rejected unreadable images, and if the output holds another
+    run or has another writer.
     """
-    config = config_io.override(config, {"output": storage.absolute(config.output)})
-    if config.source != "digits":
-        config = config_io.override(config, {"source": storage.absolute(config.source)})
-    files = images.list_source(config.source)
-    inputs = {"source": config_io.fingerprint(images.source_fingerprint(files)), "vae": vae_fingerprint(config.vae)}
-    run = run_folder.describe("precompute", config, inputs)
+    config, source, run = prepare(config)
+    refuse_changes(config.output, source)
     run_folder.check_identity(config.output, run)
     try:
         return latents.open_manifest(config.output)
     except ValueError:
         pass  # not finished, or damaged: go on below
-    with run_folder.claim(config.output, run):
-        return _encode_missing(config, run, _plan(config, files))
+    with run_folder.claim(config.output, run) as claim:
+        return _encode_missing(config, source, run, claim, *_plan(config, source))
 
 
-def _plan(config: PrecomputeConfig, files: list[images.SourceFile]) -> list[dict[str, Any]]:
-    """Chunks of at most chunk_size rows that never span files: a pure function of source and config, kept for people."""
-    chunks = []
-    for file in files:
-        for start in range(0, file.num_rows, config.chunk_size):
-            stop = min(start + config.chunk_size, file.num_rows)
-            chunks.append({"chunk": len(chunks), "file": json.dumps(asdict(file)), "start": start, "stop": stop})
-    storage.write_json(storage.join(config.output, "plan.json"), chunks)
-    return chunks
+def prepare(config: PrecomputeConfig) -> tuple[PrecomputeConfig, Source, dict]:
+    """The config with absolute paths and the VAE's revision pinned, the source, and the content of run.json.
+
+    Raises ValueError for a bad source or VAE, and for an image size that the VAE does not divide.
+    """
+    paths = {name: storage.absolute(value) for name in ("source", "labels", "output")
+             if (value := getattr(config, name)) and value != "digits"}
+    config = config_io.override(config, paths)
+    source = sources.open_source(config.source, config.labels)
+    check_image_size(config.vae, config.image_size)
+    vae = pin_revision(config.vae)
+    run = run_folder.describe("precompute", config, {"source": source.fingerprint, "vae": vae_fingerprint(vae)})
+    return config_io.override(config, {"vae": config_io.to_dict(vae)}), source, run
 
 
-def _encode_missing(config: PrecomputeConfig, run: dict, chunks: list[dict[str, Any]]) -> Manifest:
+def refuse_changes(output: str, source: Source) -> None:
+    """Raise ValueError naming the files of the source that changed since a run here began."""
+    try:
+        begun = sources.read_files(storage.join(output, SOURCE))
+    except FileNotFoundError:
+        return
+    lines = sources.changes(begun, source)
+    if lines:
+        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise ValueError(f"{output}: the source has changed since this run began:\n  " + "\n  ".join(lines[:10]) + more +
+                         "\nUse another output folder, put the source back, or delete the folder.")
+
+
+def _plan(config: PrecomputeConfig, source: Source) -> tuple[list[int], list[str]]:
+    """Number of images of each chunk, and the classes; read from the folder, or made and written there first."""
+    uri = storage.join(config.output, PLAN)
+    if storage.exists(uri):
+        _, sizes, names = sources.read_parts(uri, [])
+        return sizes, names
+    listing = sources.list_images(source)
+    logger.info("%d images of %d classes in %d files", listing.table.num_rows, len(listing.class_names),
+                source.files.num_rows)
+    parts = cut(listing, source.kind, config.chunk_size)
+    sources.write_files(storage.join(config.output, SOURCE), source)
+    sources.write_parts(uri, listing, parts)
+    return [len(part) for part in parts], listing.class_names
+
+
+def cut(listing: Listing, kind: str, chunk_size: int) -> list[np.ndarray]:
+    """Rows of the listing in each chunk: equal parts of at most chunk_size.
+
+    Pictures are shuffled, so that each file of latents has all classes; Parquet and tars are read in their own order.
+    """
+    count = listing.table.num_rows
+    order = np.random.Generator(np.random.PCG64(0)).permutation(count) if kind == "pictures" else np.arange(count)
+    return np.array_split(order, math.ceil(count / chunk_size))
+
+
+def _encode_missing(config: PrecomputeConfig, source: Source, run: dict, claim: str, sizes: list[int],
+                    names: list[str]) -> Manifest:
     started = time.perf_counter()
-    entries = {c["chunk"]: _finished_entry(config.output, c["chunk"]) for c in chunks}
-    missing = [c for c in chunks if entries[c["chunk"]] is None]
-    names = images.class_names(config.source)
-    with progress.bar(sum(c["stop"] - c["start"] for c in chunks), "image", "precompute",
-                      initial=sum(c["stop"] - c["start"] for c in chunks if entries[c["chunk"]])) as bar:
+    entries = finished_entries(config.output, len(sizes))
+    seconds: Counter[str] = Counter()
+    missing = [chunk for chunk in range(len(sizes)) if chunk not in entries]
+    with progress.bar(sum(sizes), "image", "precompute", initial=sum(sizes[k] for k in entries)) as bar:
         if missing:
             session.start()
-            plain = config_io.to_dict(config)
-            reader = Reader(config.image_size, len(names) if names else None)
-            rows = fanout.run_chunks(missing, Encoder, (plain,), config.workers, prepare=reader)
-            for row in rows:
-                entries[row["chunk"]] = json.loads(row["entry"])
-                bar.update(entries[row["chunk"]]["num_read"])
-    manifest = _manifest(config, run, list(entries.values()), names)
+            _refuse_rejected(config, entries, sum(sizes))
+            with progress.watched(progress.Parts(bar, sizes, entries).show) as mailbox:
+                arguments = (config_io.to_dict(config), source.folder, source.kind, claim, mailbox)
+                for row in fanout.run_chunks([{"chunk": k} for k in missing], Encoder, arguments, config.workers,
+                                             calls_per_worker=CALLS_PER_ENCODER):
+                    entries[row["chunk"]] = json.loads(row["entry"])
+                    seconds.update(json.loads(row["seconds"]))
+                    _refuse_rejected(config, entries, sum(sizes))
+    manifest = _manifest(config, run, [entries[k] for k in range(len(sizes))], names)
+    latents.write_rejected(config.output, [r for k in range(len(sizes)) for r in entries[k]["rejected"]])
     latents.write_manifest(config.output, manifest)
-    logger.info("%d latents in %d files, %d images rejected, %.1f s", manifest.num_rows, len(manifest.files),
-                len(manifest.rejected), time.perf_counter() - started)
+    _summarise(manifest, sum(sizes[k] for k in missing), time.perf_counter() - started, seconds)
     return latents.open_manifest(config.output)
 
 
-def _finished_entry(output: str, chunk: int) -> dict | None:
-    """What a finished chunk holds; None if it is not finished or its file is damaged."""
-    try:
-        entry = storage.read_json(_entry_uri(output, chunk))
-        latents.check_file(output, LatentFile(**entry["file"]))
-        return entry
-    except (FileNotFoundError, ValueError):
-        return None
+def finished_entries(output: str, count: int) -> dict[int, dict]:
+    """What each finished chunk holds; those whose file is missing or of another size are left out."""
+    sizes = storage.list_sizes(output)
+    written = {int(name.removesuffix(".json")) for name in storage.list_names(storage.join(output, "chunks"))
+               if name.removesuffix(".json").isdecimal()}
+
+    def read(chunk: int) -> dict | None:
+        try:
+            entry = storage.read_json(entry_uri(output, chunk))
+            return None if latents.damage_of(LatentFile(**entry["file"]), sizes) else entry
+        except (FileNotFoundError, ValueError):
+            return None
+
+    with ThreadPoolExecutor(16) as pool:
+        chunks = sorted(written & set(range(count)))
+        return {chunk: entry for chunk, entry in zip(chunks, pool.map(read, chunks), strict=True) if entry}
 
 
-def _entry_uri(output: str, chunk: int) -> str:
-    return storage.join(output, "chunks", f"{chunk:05d}.json")
+def _refuse_rejected(config: PrecomputeConfig, entries: dict[int, dict], count: int) -> None:
+    rejected = [r for entry in entries.values() for r in entry["rejected"]]
+    if len(rejected) > config.max_rejected * count:
+        latents.write_rejected(config.output, rejected)
+        raise ValueError(f"source = {config.source!r}: {len(rejected)} of {count} images are unreadable, such as "
+                         f"{rejected[0]['id']!r} ({rejected[0]['reason']}): more than max_rejected = "
+                         f"{config.max_rejected}. {storage.join(config.output, latents.REJECTED)} lists them; raise "
+                         "--max-rejected to go on without them, or mend them and use a new output folder")
 
 
-def _manifest(config: PrecomputeConfig, run: dict, entries: list[dict], names: list[str] | None) -> Manifest:
+def _manifest(config: PrecomputeConfig, run: dict, entries: list[dict], names: list[str]) -> Manifest:
     counts: Counter[int] = Counter()
     for entry in entries:
         counts.update({int(label): n for label, n in entry["class_counts"].items()})
     if not counts:
         raise ValueError(f"source = {config.source!r}: no readable image; see {storage.join(config.output, 'chunks')}")
-    num_classes = len(names) if names else max(counts) + 1
+    hashes = {entry["vae"]["weights_hash"] for entry in entries}
+    if len(hashes) > 1:
+        raise ValueError(f"vae.path = {config.vae.path!r}: the nodes hold different weights there; copy the same to all, "
+                         f"delete {config.output} and start again")
     first = entries[0]
     return Manifest(identity=run["name"], shape=first["shape"], image_size=config.image_size, vae=first["vae"],
-                    num_classes=num_classes, class_counts=[counts[c] for c in range(num_classes)],
-                    class_names=names or [str(c) for c in range(num_classes)], flip=config.flip,
-                    rejected=[r for e in entries for r in e["rejected"]],
+                    precision=config.precision, num_classes=len(names), class_counts=[counts[c] for c in range(len(names))],
+                    class_names=names, flip=config.flip, num_rejected=sum(len(e["rejected"]) for e in entries),
+                    statistics=latents.statistics([e["sums"] for e in entries]),
                     files=[LatentFile(**e["file"]) for e in entries if e["file"]["num_rows"]])
 
 
-class Reader:
-    """Reads and decodes a chunk's images on a CPU task. A bad image is listed, not fatal; a bad label is."""
-
-    def __init__(self, image_size: int, num_classes: int | None = None):
-        self.image_size = image_size
-        self.num_classes = num_classes  # where the source says so
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        file = images.SourceFile(**json.loads(item["file"]))
-        ids, labels, pixels, rejected = [], [], [], []
-        for image in images.read_images(file, item["start"], item["stop"]):
-            if image.label is None or not 0 <= image.label < (self.num_classes or image.label + 1):
-                rule = f"below the source's number of classes, {self.num_classes}" if self.num_classes else "at least 0"
-                raise ValueError(f"{file.uri}: image {image.id!r} has label {image.label!r}: must be {rule}; "
-                                 "correct the label, or leave the image out")
-            try:
-                pixels.append(images.center_crop(images.decode_image(image.data), self.image_size))
-            except ValueError as error:
-                rejected.append({"id": image.id, "reason": str(error)})
-                continue
-            ids.append(image.id)
-            labels.append(image.label)
-        header = {"ids": ids, "labels": labels, "rejected": rejected}
-        return {"chunk": item["chunk"], "header": json.dumps(header), "pixels": b"".join(p.tobytes() for p in pixels)}
-
-
-class Encoder:
-    """Encodes a chunk in fixed batches and writes its file: the same chunk gives the same bytes."""
-
-    def __init__(self, plain: dict[str, Any]):
-        self.config = config_io.from_dict(PrecomputeConfig, plain)
-        self.device = session.settle(self.config.workers)
-        self.vae = load_vae(self.config.vae, self.device)
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        config, header = self.config, json.loads(item["header"])
-        shape = (len(header["ids"]), config.image_size, config.image_size, 3)
-        pixels = np.frombuffer(item["pixels"], np.uint8).reshape(shape)  # (n, H, W, 3)
-        moments = self._encode(pixels)  # (n, 2, C, h, w)
-        flipped = self._encode(pixels[:, :, ::-1]) if config.flip else None
-        facts = {"shape": list(moments.shape[2:]), "image_size": config.image_size, "dtype": "float16",
-                 "vae": self._vae_facts(config.vae), "schema_version": latents.SCHEMA_VERSION}
-        table = latents.encode_table(header["ids"], header["labels"], moments, flipped, config.validation_share, facts)
-        uri = storage.join(config.output, f"chunk-{item['chunk']:05d}.parquet")
-        entry = {"file": asdict(latents.write_file(uri, table, config.rows_per_group)), "rejected": header["rejected"],
-                 "num_read": len(header["ids"]) + len(header["rejected"]), "shape": facts["shape"], "vae": facts["vae"],
-                 "class_counts": Counter(header["labels"])}
-        storage.write_json(_entry_uri(config.output, item["chunk"]), entry)
-        return {"chunk": item["chunk"], "entry": json.dumps(entry)}
-
-    def _encode(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 (n, H, W, 3) -> posterior mean and std (n, 2, C, h, w), in batches of one size.
-
-        The last batch is filled up with its own images, since another batch size changes the last bits.
-        """
-        size, parts = self.config.encode_batch_size, []
-        for first in range(0, max(len(pixels), 1), size):
-            part = pixels[first:first + size]
-            batch = np.resize(part, (size, *part.shape[1:])) if len(part) else np.zeros((size, *part.shape[1:]), np.uint8)
-            moments = self.vae.encode(torch.from_numpy(images.to_unit_range(batch)).to(self.device))
-            parts.append(moments[:len(part)].cpu().numpy())
-        return np.concatenate(parts)
-
-    def _vae_facts(self, config: VaeConfig) -> dict[str, Any]:
-        return {"path": config.path, "revision": config.revision, "scale": self.vae.scale, "shift": self.vae.shift,
-                "weights_hash": self.vae.weights_hash}
+def _summarise(manifest: Manifest, num_images: int, elapsed: float, seconds: Counter[str]) -> None:
+    logger.info("%d latents in %d files, %.1f MB; %d images rejected", manifest.num_rows, len(manifest.files),
+                sum(f.num_bytes for f in manifest.files) / 1e6, manifest.num_rejected)
+    logger.info("latents per channel: mean %s, std %s", *(" ".join(f"{x:.3f}" for x in manifest.statistics[name])
+                                                           for name in ("mean", "std")))
+    work = {name: seconds[name] for name in ("reading", "decoding", "encoding", "writing")}
+    if sum(work.values()):
+        shares = ", ".join(f"{name} {value / sum(work.values()):.0%}" for name, value in work.items())
+        idle = seconds["waiting"] / (seconds["waiting"] + seconds["encoding"])
+        logger.info("%.1f images/s in %.1f s; work: %s; encoders waited %.0f%% of their time", num_images / elapsed, elapsed,
+                    shares, 100 * idle)

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
@@ -17,42 +17,55 @@ def bar(total: int, unit: str, title: str, initial: int = 0) -> tqdm:
                 file=sys.stderr, smoothing=0.1)
 
 
+class Parts:
+    """Moves a bar by what is done of parts that are worked on at the same time, whichever is begun anew."""
+
+    def __init__(self, bar: tqdm, sizes: list[int], finished: Iterable[int]):
+        self.bar = bar
+        self.done = dict.fromkeys(range(len(sizes)), 0) | {part: sizes[part] for part in finished}
+
+    def show(self, row: dict[str, Any]) -> None:
+        self.done[row["chunk"]] = row["num_read"]
+        self.bar.update(max(sum(self.done.values()) - self.bar.n, 0))
+
+
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """Holds the newest row that a worker put."""
+    """Holds the newest row that each sender put."""
 
     def __init__(self):
-        self.row: dict[str, Any] | None = None
+        self.rows: dict[Any, dict[str, Any]] = {}
 
-    def put(self, row: dict[str, Any]) -> None:
-        self.row = row
+    def put(self, row: dict[str, Any], sender: Any = None) -> None:
+        self.rows[sender] = row
 
-    def get(self) -> dict[str, Any] | None:
-        return self.row
+    def get(self) -> dict[Any, dict[str, Any]]:
+        return self.rows
 
 
 @contextlib.contextmanager
 def watched(on_row: Callable[[dict[str, Any]], None], interval_s: float = 0.5) -> Iterator[Any]:
-    """A Mailbox whose new rows are handed to `on_row` by a thread while the block runs."""
+    """A Mailbox whose new rows are handed to `on_row` by a thread while the block runs, and at its end."""
     mailbox = Mailbox.remote()
     done = threading.Event()
+    seen: dict[Any, dict[str, Any]] = {}
 
     def poll() -> None:
-        last = None
-        while not done.wait(interval_s):
-            row = ray.get(mailbox.get.remote())
-            if row is not None and row != last:
+        for sender, row in ray.get(mailbox.get.remote()).items():
+            if seen.get(sender) != row:
+                seen[sender] = row
                 on_row(row)
-                last = row
 
-    thread = threading.Thread(target=poll, daemon=True, name="progress")
+    def keep_polling() -> None:
+        while not done.wait(interval_s):
+            poll()
+
+    thread = threading.Thread(target=keep_polling, daemon=True, name="progress")
     thread.start()
     try:
         yield mailbox
     finally:
         done.set()
         thread.join()
-        row = ray.get(mailbox.get.remote())
-        if row is not None:
-            on_row(row)
+        poll()
         ray.kill(mailbox)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mdt_ray import checkpoints, config_io, storage
 from mdt_ray.config import EvaluateConfig, QuickstartConfig
-from mdt_ray.data import images, latents
+from mdt_ray.data import images, latents, readers, sources
 from mdt_ray.evaluation import chunks
 from mdt_ray.report import figures
 
@@ -185,10 +185,11 @@ def _kept(evaluation: EvaluateConfig, count: int) -> tuple[np.ndarray, np.ndarra
 
 
 def _real_images(config: QuickstartConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
-    file = images.list_source(config.precompute.source)[0]
-    found = list(images.read_images(file, 0, min(count, file.num_rows)))
-    pixels = [images.center_crop(images.decode_image(image.data), config.precompute.image_size) for image in found]
-    return np.stack(pixels), np.array([image.label for image in found])
+    source = sources.open_source(config.precompute.source, config.precompute.labels)
+    rows = sources.list_images(source).table.slice(0, count)
+    piece = readers.read_few(source.folder, source.kind, rows)
+    pixels = [images.center_crop(images.decode_image(data.as_py()), config.precompute.image_size) for data in piece.data]
+    return np.stack(pixels), np.array(piece.labels)
 
 
 def _by_class(pictures: np.ndarray, labels: np.ndarray, count: int, per_class: int = 10) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from mdt_ray.data.images import DIGITS
+from mdt_ray.data.sources import DIGITS
 from mdt_ray.evaluation.digits import DigitsFeatures, is_held_out, load_digits_features
 
 NUM_IMAGES = 1797

@@ -53,7 +53,7 @@ def test_precompute_survives_a_killed_encoder(folder, environment):
                                 when=lambda: len(list(killed.glob("chunks/*.json"))) >= 5)
     assert code == 0, "Ray replaces the encoder, and the run goes on by itself"
     expected, found = (harness.files(folder / name, "*") for name in ("straight", "killed"))
-    assert len(expected) == 60  # 57 chunks, manifest, plan, run
+    assert len(expected) == 62  # 57 chunks, manifest, source, plan, rejected, run
     assert found.keys() == expected.keys()
     assert [name for name in expected if name != "run.json" and found[name] != expected[name]] == []
     assert harness.leftovers(killed) == []

@@ -1,0 +1,155 @@
+"""Encoded pictures of a source, read in the order of a listing, piece by piece, so that memory holds a few pieces only.
+
+Not a decoder: that is images.py. Not a list of what there is: that is sources.py.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mdt_ray import storage
+
+READ_THREADS = 16
+"""Pictures of a folder that are fetched at the same time: an object store answers each after tens of milliseconds."""
+STREAM_BYTES = 8 * 2**20
+"""Read at once from a Parquet column, whose row groups may be larger than memory."""
+RETRY_SECONDS = (1.0, 5.0)
+"""Waits before a failed read is tried again."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some images of a listing, still encoded."""
+
+    ids: list[str]
+    labels: list[int]
+    data: pa.Array
+    """Binary; null where the source has no bytes."""
+    seconds: float
+    """That reading took."""
+
+
+def read_pieces(folder: str, kind: str, rows: pa.Table, piece_size: int) -> Iterator[Piece]:
+    """The images of a listing's rows, `piece_size` at a time.
+
+    Args:
+        folder, kind: of the Source.
+        rows: as sources.LISTING.
+    Raises ValueError naming a file that cannot be read.
+    """
+    started = time.perf_counter()
+    start = 0
+    for data in _READERS[kind](folder, rows, piece_size):
+        part = rows.slice(start, piece_size)
+        yield Piece(part["id"].to_pylist(), part["label"].to_pylist(), data, time.perf_counter() - started)
+        start, started = start + piece_size, time.perf_counter()
+
+
+def read_few(folder: str, kind: str, rows: pa.Table) -> Piece:
+    """The images of a few rows, all at once; see `read_pieces`."""
+    return next(read_pieces(folder, kind, rows, rows.num_rows))
+
+
+def _read_pictures(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
+    fs, root = storage.resolve(folder)
+
+    def read(name: str) -> bytes:
+        with fs.open_input_stream(f"{root.rstrip('/')}/{name}") as stream:
+            return stream.read()
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        names = rows["file"].to_pylist()
+        for start in range(0, len(names), piece_size):
+            part = names[start:start + piece_size]
+            yield pa.array(pool.map(lambda n: _persist(n, folder, lambda: read(n)), part), pa.binary())
+
+
+def _read_tars(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
+    for start in range(0, rows.num_rows, piece_size):
+        part = rows.slice(start, piece_size)
+        offsets, sizes = part["offset"].to_numpy(), part["size"].to_numpy()
+        files = part["file"].to_numpy(zero_copy_only=False)
+        pieces = []
+        for run in np.split(np.arange(len(files)), np.flatnonzero(files[1:] != files[:-1]) + 1):  # a piece may span tars
+            uri = storage.join(folder, files[run[0]])
+            first, last = offsets[run].min(), (offsets + sizes)[run].max()
+
+            def read(uri: str = uri, first: int = first, last: int = last) -> bytes:
+                fs, path = storage.resolve(uri)
+                with fs.open_input_file(path) as handle:
+                    return handle.read_at(int(last - first), int(first))
+
+            span = _persist(files[run[0]], folder, read)
+            pieces += [span[offset - first:offset - first + size]
+                       for offset, size in zip(offsets[run], sizes[run], strict=True)]
+        yield pa.array(pieces, pa.binary())
+
+
+def _read_parquet(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
+    """Rows in file order. Each row group is read once, in slices, however large it is."""
+    waiting: list[pa.Array] = []
+    for data in _parquet_slices(folder, rows, piece_size):
+        waiting.append(data)
+        while sum(map(len, waiting)) >= piece_size:
+            joined = pa.concat_arrays(waiting)
+            yield _compact(joined.slice(0, piece_size))
+            waiting = [joined.slice(piece_size)]
+    if sum(map(len, waiting)):
+        yield _compact(pa.concat_arrays(waiting))
+
+
+def _compact(array: pa.Array) -> pa.Array:
+    """A copy that holds on to no larger buffer (one that is pickled goes with the whole of it)."""
+    return pa.array(array.to_pylist(), pa.binary())
+
+
+def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array]:
+    """Image bytes of the listed rows, in slices of at most about `size`."""
+    files, numbers = rows["file"].to_numpy(zero_copy_only=False), rows["offset"].to_numpy()
+    for run in np.split(np.arange(len(files)), np.flatnonzero((files[1:] != files[:-1]) | (np.diff(numbers) != 1)) + 1):
+        if not len(run):
+            continue
+        uri, first, stop = storage.join(folder, files[run[0]]), int(numbers[run[0]]), int(numbers[run[-1]]) + 1
+        fs, path = storage.resolve(uri)
+        try:
+            with fs.open_input_file(path) as handle:
+                yield from _row_range(pq.ParquetFile(handle, buffer_size=STREAM_BYTES), first, stop, size)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{uri}: rows {first}..{stop} are not readable ({error}); copy the file again") from error
+
+
+def _row_range(file: pq.ParquetFile, first: int, stop: int, size: int) -> Iterator[pa.Array]:
+    ends = np.cumsum([file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)])
+    groups = list(range(int(ends.searchsorted(first, side="right")), int(ends.searchsorted(stop)) + 1))
+    at = int(ends[groups[0] - 1]) if groups[0] else 0
+    column = "image.bytes" if pa.types.is_struct(file.schema_arrow.field("image").type) else "image"
+    for batch in file.iter_batches(size, row_groups=groups, columns=[column]):
+        images = batch.column(0)
+        images = images.field("bytes") if pa.types.is_struct(images.type) else images
+        low, high = max(first - at, 0), min(stop - at, len(images))
+        if low < high:
+            yield images.slice(low, high - low).cast(pa.binary())
+        at += len(images)
+        if at >= stop:
+            return
+
+
+_READERS = {"pictures": _read_pictures, "parquet": _read_parquet, "tar": _read_tars}
+
+
+def _persist(name: str, folder: str, read: Callable[[], bytes]) -> bytes:
+    """`read()`, tried again after a fault of the store or the network. Raises ValueError naming the file."""
+    waits = list(RETRY_SECONDS)
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | PermissionError) or not waits:
+                raise ValueError(f"{storage.join(folder, name)}: cannot be read ({error}), but was there when the source "
+                                 "was listed; put it back, or use a new output folder") from error
+        time.sleep(waits.pop(0))

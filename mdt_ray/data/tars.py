@@ -1,0 +1,69 @@
+"""WebDataset tars: which samples a tar holds and where their pictures lie in it. Reads headers and labels, no picture."""
+
+import io
+import json
+import tarfile
+from dataclasses import dataclass
+from typing import Any
+
+from mdt_ray import storage
+
+JSON_LABELS = ("label", "cls", "class_id", "class")
+"""Keys of a sample's .json that may hold its label; the first that is there counts."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    """Path in the tar up to the first dot of the file's name."""
+    label: Any
+    """As found: a number, a name, or None."""
+    offset: int
+    """Of the picture, in bytes from the tar's start."""
+    size: int
+
+
+def scan(uri: str, image_suffixes: frozenset[str]) -> list[Sample]:
+    """The samples of a tar, in its order.
+
+    Raises ValueError naming a tar that is damaged, compressed or truncated, and a sample without a picture.
+    """
+    fs, path = storage.resolve(uri)
+    samples: dict[str, dict[str, Any]] = {}
+    try:
+        with fs.open_input_file(path) as handle:
+            length, end = handle.size(), 0
+            with tarfile.open(fileobj=io.BufferedReader(handle, 2**17), mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # tarfile keeps every header otherwise
+                    if member.isfile():
+                        _note(samples, tar, member, image_suffixes)
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if length < end + tarfile.BLOCKSIZE:  # the block of zeros that ends a tar
+                raise ValueError(f"{uri}: truncated ({length} bytes); copy it again")
+    except (OSError, tarfile.TarError) as error:  # pyarrow's errors too
+        raise ValueError(f"{uri}: not a readable tar ({error}); copy it again, uncompressed") from error
+    for key, sample in samples.items():
+        if "offset" not in sample:
+            raise ValueError(f"{uri}: sample {key!r} has no picture")
+    return [Sample(key=key, label=s.get("label"), offset=s["offset"], size=s["size"]) for key, s in samples.items()]
+
+
+def _note(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarfile.TarInfo,
+          image_suffixes: frozenset[str]) -> None:
+    folder, slash, name = member.name.rpartition("/")
+    if name.startswith("."):
+        return
+    stem, _, suffix = name.partition(".")
+    sample = samples.setdefault(folder + slash + stem, {})
+    suffix = suffix.lower()
+    if suffix.rpartition(".")[2] in image_suffixes:
+        sample |= {"offset": member.offset_data, "size": member.size}
+    elif suffix == "cls":
+        sample["label"] = tar.extractfile(member).read().decode(errors="replace").strip()
+    elif suffix == "json" and "label" not in sample:
+        try:
+            values = json.loads(tar.extractfile(member).read())
+        except ValueError as error:
+            raise tarfile.TarError(f"{member.name!r} is no JSON: {error}") from error
+        sample["label"] = next((values[key] for key in JSON_LABELS if key in values), None)

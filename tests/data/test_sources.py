@@ -1,0 +1,258 @@
+"""What a source holds, whatever its kind: the same images, labels and bytes; and what is refused."""
+
+import json
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mdt_ray.data import readers, sources
+from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
+
+PICTURES = [encoded(seed=i, kind="jpeg") for i in range(7)]
+CLASSES = ["n02", "n01", "n02", "n03", "n01", "n01", "n03"]
+
+
+def read(source: sources.Source, piece_size: int = 3) -> list[tuple[str, int, bytes]]:
+    rows = sources.list_images(source).table
+    found = []
+    for piece in readers.read_pieces(source.folder, source.kind, rows, piece_size):
+        assert len(piece.ids) == len(piece.labels) == len(piece.data) <= piece_size
+        found += zip(piece.ids, piece.labels, piece.data.to_pylist(), strict=True)
+    return found
+
+
+def imagenet(root):
+    named = zip(range(len(PICTURES)), CLASSES, PICTURES, strict=True)
+    return write_folder(root, [(f"{c}/{c}_{i}.JPEG", data) for i, c, data in named])
+
+
+def table_of_labels(root, name="labels.csv", columns=("file", "label")):
+    write_folder(root, [(f"{i}.jpg", data) for i, data in enumerate(PICTURES)])
+    files = [f"{i}.jpg" for i in range(len(PICTURES))]
+    if name.endswith(".csv"):
+        (root / name).write_text("\n".join([",".join(columns), *(f"{f},{c}" for f, c in zip(files, CLASSES, strict=True))]))
+    else:
+        pq.write_table(pa.table(dict(zip(columns, (files, CLASSES), strict=True))), root / name)
+    return root
+
+
+def tars(root, form="cls"):
+    for start, stop in ((0, 4), (4, 7)):
+        members = [m for i in range(start, stop) for m in sample(f"{i:04d}", PICTURES[i], CLASSES[i], form)]
+        write_tar(root / f"train-{start}.tar", [("._junk", b"x"), *members])
+    return root
+
+
+def parquet(root):
+    write_parquet(root / "a.parquet", list(zip(PICTURES[:4], CLASSES[:4], strict=True)))
+    write_parquet(root / "sub" / "b.parquet", list(zip(PICTURES[4:], CLASSES[4:], strict=True)))
+    return root
+
+
+@pytest.mark.parametrize(("make", "kind"), [
+    (imagenet, "pictures"), (table_of_labels, "pictures"),
+    (lambda root: table_of_labels(root, "metadata.parquet", ("file_name", "class")), "pictures"),
+    (tars, "tar"), (lambda root: tars(root, "json"), "tar"), (parquet, "parquet")],
+    ids=["folders", "csv", "parquet labels", "tar cls", "tar json", "parquet"])
+@pytest.mark.parametrize("piece_size", [1, 3, 100])
+def test_every_kind_gives_the_same_images(tmp_path, make, kind, piece_size):
+    source = sources.open_source(str(make(tmp_path / "source")))
+    assert source.kind == kind
+    listing = sources.list_images(source)
+    assert listing.class_names == ["n01", "n02", "n03"], "numbered in the order of their names"
+    found = read(source, piece_size)
+    assert sorted((label, data) for _, label, data in found) == sorted(
+        (listing.class_names.index(c), data) for c, data in zip(CLASSES, PICTURES, strict=True))
+    assert len({image_id for image_id, _, _ in found}) == 7
+
+
+@pytest.mark.parametrize(("make", "ids"), [
+    (imagenet, ["n01/n01_1.JPEG", "n01/n01_4.JPEG", "n01/n01_5.JPEG", "n02/n02_0.JPEG", "n02/n02_2.JPEG", "n03/n03_3.JPEG",
+                "n03/n03_6.JPEG"]),
+    (tars, [f"train-0/{i:04d}" for i in range(4)] + [f"train-4/{i:04d}" for i in range(4, 7)]),
+    (parquet, [f"a-{i}.png" for i in range(4)] + [f"b-{i}.png" for i in range(3)])])
+def test_ids_are_paths_or_keys(tmp_path, make, ids):
+    found = read(sources.open_source(str(make(tmp_path))))
+    assert [image_id for image_id, _, _ in found] == ids
+
+
+def test_numbers_stay_numbers(tmp_path):
+    write_tar(tmp_path / "t" / "a.tar", [m for i in range(3) for m in sample(f"{i}", PICTURES[i], 10 * i)])
+    listing = sources.list_images(sources.open_source(str(tmp_path / "t" / "a.tar")))
+    assert listing.table["label"].to_pylist() == [0, 10, 20]
+    assert listing.class_names == [str(c) for c in range(21)]
+
+
+def test_folders_called_by_numbers_are_names(tmp_path):
+    write_folder(tmp_path, [(f"{name}/x.png", PICTURES[0]) for name in ("2", "10", "9")])
+    assert sources.list_images(sources.open_source(str(tmp_path))).class_names == ["10", "2", "9"]
+
+
+def test_names_of_classes_come_from_hugging_faces_description(tmp_path):
+    description = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    write_parquet(tmp_path / "s.parquet", [(PICTURES[0], 0)], {"huggingface": json.dumps(description)})
+    assert sources.list_images(sources.open_source(str(tmp_path / "s.parquet"))).class_names == ["cat", "dog"]
+
+
+def test_images_without_a_path_are_named_by_file_and_row(tmp_path):
+    write_parquet(tmp_path / "s.parquet", [(PICTURES[i], 0) for i in range(5)], named=False)
+    found = read(sources.open_source(str(tmp_path / "s.parquet")))
+    assert [image_id for image_id, _, _ in found] == [f"s.parquet#{i}" for i in range(5)]
+
+
+def test_a_plain_binary_image_column_is_read(tmp_path):
+    pq.write_table(pa.table({"image": pa.array(PICTURES, pa.binary()), "label": list(range(7))}), tmp_path / "s.parquet")
+    assert [data for _, _, data in read(sources.open_source(str(tmp_path / "s.parquet")))] == PICTURES
+
+
+@pytest.mark.parametrize("row_group_size", [1, 3, 100])
+def test_any_rows_of_parquet_in_any_row_groups(tmp_path, row_group_size):
+    write_parquet(tmp_path / "s.parquet", [(bytes([i]), i) for i in range(20)], row_group_size=row_group_size)
+    source = sources.open_source(str(tmp_path / "s.parquet"))
+    table = sources.list_images(source).table
+    for rows in ([3], list(range(5, 17)), list(range(20)), [1, 2, 9, 10, 4], [19, 0]):
+        pieces = readers.read_pieces(source.folder, source.kind, table.take(rows), 4)
+        assert [d for piece in pieces for d in piece.data.to_pylist()] == [bytes([row]) for row in rows]
+
+
+def test_a_plan_is_read_part_by_part(tmp_path):
+    listing = sources.list_images(sources.open_source(str(imagenet(tmp_path / "source"))))
+    uri = str(tmp_path / "plan.parquet")
+    sources.write_parts(uri, listing, [[4, 0, 2], [1], [6, 5, 3]])
+    rows, sizes, names = sources.read_parts(uri, [2])
+    assert (sizes, names) == ([3, 1, 3], ["n01", "n02", "n03"])
+    assert rows.equals(listing.table.take([6, 5, 3]))
+    assert sources.read_parts(uri, [])[0].num_rows == 0
+    assert sources.read_parts(uri)[0].num_rows == 7
+
+
+# Changes
+
+
+def test_changed_files_are_named(tmp_path):
+    root = imagenet(tmp_path / "source")
+    before = sources.open_source(str(root))
+    uri = str(tmp_path / "kept.parquet")
+    sources.write_files(uri, before)
+    assert sources.changes(sources.read_files(uri), sources.open_source(str(root))) == []
+    (root / "n01" / "n01_1.JPEG").unlink()
+    (root / "n02" / "new.JPEG").write_bytes(PICTURES[0])
+    (root / "n03" / "n03_3.JPEG").write_bytes(b"longer" + PICTURES[3])
+    same_size = root / "n03" / "n03_6.JPEG"
+    same_size.write_bytes(bytes(len(PICTURES[6])))
+    os.utime(same_size, ns=(1, 1))
+    after = sources.open_source(str(root))
+    assert sources.changes(sources.read_files(uri), after) == [
+        "n01/n01_1.JPEG: removed", "n02/new.JPEG: added",
+        f"n03/n03_3.JPEG: {len(PICTURES[3])} -> {len(PICTURES[3]) + 6} bytes", "n03/n03_6.JPEG: modified since"]
+    assert before.fingerprint != after.fingerprint
+
+
+def test_a_source_may_move(tmp_path):
+    before = sources.open_source(str(imagenet(tmp_path / "source")))
+    sources.write_files(str(tmp_path / "kept.parquet"), before)
+    moved = sources.open_source(str(imagenet(tmp_path / "moved")))
+    for path in (tmp_path / "moved").rglob("*.JPEG"):
+        os.utime(path, ns=(5, 5))
+    assert moved.fingerprint == before.fingerprint
+    assert sources.changes(sources.read_files(str(tmp_path / "kept.parquet")), moved) == []
+
+
+def test_labels_are_part_of_the_fingerprint(tmp_path):
+    source = sources.open_source(str(table_of_labels(tmp_path)))
+    before = source.fingerprint
+    (tmp_path / "labels.csv").write_text((tmp_path / "labels.csv").read_text().replace("n03", "n01"))
+    assert sources.open_source(str(tmp_path)).fingerprint != before
+
+
+# Bad input
+
+
+def refused(path, message: str, **options) -> None:
+    with pytest.raises(ValueError, match=message):
+        sources.list_images(sources.open_source(str(path), **options))
+
+
+def test_nothing_to_read_is_refused(tmp_path):
+    refused(tmp_path / "none", r"source = .*none': no such file or folder")
+    refused(tmp_path, r"holds no picture .*, no \*.parquet and no \*.tar")
+    write_parquet(tmp_path / "empty.parquet", [])
+    refused(tmp_path, r"holds no image")
+
+
+def test_several_kinds_are_refused(tmp_path):
+    imagenet(tmp_path)
+    tars(tmp_path)
+    refused(tmp_path, r"holds pictures \(n01/.*\) and tar \(train-0.tar, ...\); name a folder that holds one kind")
+
+
+def test_pictures_without_labels_are_refused(tmp_path):
+    write_folder(tmp_path, [("a.png", PICTURES[0])])
+    refused(tmp_path, r"its pictures have no labels; give each class a subfolder, or name a table .* --labels")
+    write_folder(tmp_path, [("n01/b.png", PICTURES[0])])
+    refused(tmp_path, r"1 pictures lie beside the class folders, such as 'a.png'")
+
+
+def test_tables_of_labels_are_checked(tmp_path):
+    root = table_of_labels(tmp_path / "source")
+    text = (root / "labels.csv").read_text()
+    (root / "labels.csv").write_text(text.replace("3.jpg,n03", "33.jpg,n03"))
+    refused(root, r"labels = .*: 1 pictures have no row, such as '3.jpg' and 1 rows have no picture, such as '33.jpg'")
+    (root / "labels.csv").write_text(text.replace("file,", "picture,"))
+    refused(root, r"has columns picture, label; needs file and label")
+    (root / "labels.csv").unlink()
+    elsewhere = tmp_path / "elsewhere.csv"
+    elsewhere.write_text(text)
+    assert len(read(sources.open_source(str(root), str(elsewhere)))) == 7
+    refused(root, r"labels = .*missing.csv': not a readable CSV", labels=str(tmp_path / "missing.csv"))
+    refused(tars(tmp_path / "tars"), r"the source's tar files carry their own labels", labels=str(elsewhere))
+
+
+@pytest.mark.parametrize(("label", "names", "message"), [
+    (-1, None, r"image 's-1.png' has label -1: must be a number of at least 0"),
+    (None, None, r"1 images have no label, such as 's-1.png'"),
+    (2, ["cat", "dog"], r"image 's-1.png' has label 2: must be below the source's number of classes, 2"),
+])
+def test_a_label_outside_the_classes_is_refused(tmp_path, label, names, message):
+    description = {"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})} if names else None
+    write_parquet(tmp_path / "s.parquet", [(PICTURES[0], 0), (PICTURES[1], label)], description)
+    refused(tmp_path / "s.parquet", message)
+
+
+def test_samples_without_a_label_or_a_picture_are_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", [*sample("1", PICTURES[0], 3), ("2.jpg", PICTURES[1])])
+    refused(tmp_path, r"1 images have no label, such as 'a/2'")
+    write_tar(tmp_path / "a.tar", [*sample("1", PICTURES[0], 3), ("2.cls", b"1")])
+    refused(tmp_path, r"a.tar: sample '2' has no picture")
+    write_tar(tmp_path / "a.tar", [("1.jpg", PICTURES[0]), ("1.json", b"{")])
+    refused(tmp_path, r"a.tar: not a readable tar \('1.json' is no JSON")
+
+
+def test_an_id_that_occurs_twice_is_refused(tmp_path):
+    write_parquet(tmp_path / "a" / "s.parquet", [(PICTURES[0], 0)])
+    write_parquet(tmp_path / "b" / "s.parquet", [(PICTURES[1], 0)])
+    refused(tmp_path, r"1 ids occur twice, such as 's-0.png' \(in a/s.parquet and b/s.parquet\)")
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = parquet(tmp_path / "p") / "a.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    refused(tmp_path / "p", r"a.parquet: not a readable Parquet file")
+    pq.write_table(pa.table({"picture": [1]}), path)
+    refused(tmp_path / "p", r"a.parquet: has no column 'image'")
+    path = tars(tmp_path / "t") / "train-4.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[:3000])
+    refused(tmp_path / "t", r"train-4.tar: truncated \(3000 bytes\)")
+    path.write_bytes(b"\1" * 5000)
+    refused(tmp_path / "t", r"train-4.tar: not a readable tar")
+
+
+def test_a_file_that_vanishes_is_named(tmp_path):
+    source = sources.open_source(str(imagenet(tmp_path)))
+    rows = sources.list_images(source).table
+    (tmp_path / "n01" / "n01_4.JPEG").unlink()
+    with pytest.raises(ValueError, match=r"n01/n01_4.JPEG: cannot be read .* put it back"):
+        list(readers.read_pieces(source.folder, source.kind, rows, 4))
