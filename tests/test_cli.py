@@ -41,7 +41,7 @@ def test_a_wrong_command_line_ends_with_2(arguments, message, capsys):
     (["train", "--latents", "{tmp}/latents", "--output", "{tmp}/out", "--model.num-classes", "3"],
      "model.num_classes = 3: the latents have 10"),
     (["precompute", "--source", "{tmp}/none", "--output", "{tmp}/out"], "no such file or folder"),
-    (["precompute", "--source", "{tmp}/latents", "--output", "{tmp}/out"], "has no column 'image'"),
+    (["precompute", "digits", "--source", "{tmp}/latents", "--output", "{tmp}/out"], "has no column 'image'"),
     (["evaluate", "digits", "--checkpoint", "{tmp}/none", "--output", "{tmp}/out"], "neither a checkpoint nor a training"),
     (["tune", "digits", "--output", "{tmp}/out", "--train.latents", "{tmp}/latents", "--space", "mask_ratio"],
      "no such search space; did you mean 'mask_ratio_decoder_depth'"),
