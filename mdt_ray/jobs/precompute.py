@@ -46,8 +46,16 @@ def precompute(config: PrecomputeConfig) -> Manifest:
         return latents.open_manifest(config.output)
     except ValueError:
         pass  # not finished, or damaged: go on below
+    plan = storage.join(config.output, PLAN)
+    listing = None if storage.exists(plan) else sources.list_images(source)  # before anything is written
     with run_folder.claim(config.output, run) as claim:
-        return _encode_missing(config, source, run, claim, *_plan(config, source))
+        if listing:
+            logger.info("%d images of %d classes in %d files", listing.table.num_rows, len(listing.class_names),
+                        source.files.num_rows)
+            sources.write_files(storage.join(config.output, SOURCE), source)
+            sources.write_parts(plan, listing, cut(listing, source.kind, config.chunk_size))
+        _, sizes, names = sources.read_parts(plan, [])
+        return _encode_missing(config, source, run, claim, sizes, names)
 
 
 def prepare(config: PrecomputeConfig) -> tuple[PrecomputeConfig, Source, dict]:
@@ -76,21 +84,6 @@ def refuse_changes(output: str, source: Source) -> None:
         more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
         raise ValueError(f"{output}: the source has changed since this run began:\n  " + "\n  ".join(lines[:10]) + more +
                          "\nUse another output folder, put the source back, or delete the folder.")
-
-
-def _plan(config: PrecomputeConfig, source: Source) -> tuple[list[int], list[str]]:
-    """Number of images of each chunk, and the classes; read from the folder, or made and written there first."""
-    uri = storage.join(config.output, PLAN)
-    if storage.exists(uri):
-        _, sizes, names = sources.read_parts(uri, [])
-        return sizes, names
-    listing = sources.list_images(source)
-    logger.info("%d images of %d classes in %d files", listing.table.num_rows, len(listing.class_names),
-                source.files.num_rows)
-    parts = cut(listing, source.kind, config.chunk_size)
-    sources.write_files(storage.join(config.output, SOURCE), source)
-    sources.write_parts(uri, listing, parts)
-    return [len(part) for part in parts], listing.class_names
 
 
 def cut(listing: Listing, kind: str, chunk_size: int) -> list[np.ndarray]:
