@@ -3,6 +3,7 @@
 A row is id, label, split, moments (posterior mean then std, float16, raw and unscaled) and optionally moments_flip.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -168,11 +169,12 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
     Raises ValueError naming a damaged file, or one without mirror images where they are asked for.
     """
     uri = storage.join(folder, file.name)
-    fs, path = storage.resolve(uri)
     columns = ["label", "moments"] + ["moments_flip"] * flip
     try:
+        metadata = _metadata(uri, file.sha256)
+        fs, path = storage.resolve(uri)
         with fs.open_input_file(path) as handle:
-            table = pq.ParquetFile(handle).read_row_group(group, columns=columns)
+            table = pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns=columns, use_threads=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{uri}: row group {group} is not readable ({error}); run the same `mdt-ray precompute` again"
                          ) from error
@@ -184,10 +186,16 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
     return arrays
 
 
+@functools.lru_cache(maxsize=4096)
+def _metadata(uri: str, sha256: str) -> pq.FileMetaData:
+    """A file's own index, read once."""
+    fs, path = storage.resolve(uri)
+    return pq.read_metadata(path, filesystem=fs)
+
+
 def _binary_rows(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
     """A binary column of equal rows as one float16 array, a view of its data buffer."""
-    array = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
     data = np.frombuffer(array.buffers()[2], dtype=np.float16)
     first = np.frombuffer(array.buffers()[1], dtype=np.int32)[array.offset] // 2
     count = len(array) * int(np.prod(shape))

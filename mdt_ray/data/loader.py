@@ -87,7 +87,8 @@ class LatentReader:
             return self._cache[index]
         group = self.groups[index]
         arrays = latents.read_group(self.folder, group.file, group.group, self.manifest.shape, flip=False)
-        self._cache[index] = {name: values[group.rows] for name, values in arrays.items()}
+        whole = len(group.rows) == len(arrays["label"])  # then there is nothing to copy
+        self._cache[index] = arrays if whole else {name: values[group.rows] for name, values in arrays.items()}
         if len(self._cache) > self.max_groups:
             self._cache.popitem(last=False)
         return self._cache[index]
