@@ -47,7 +47,8 @@ def jpegs(count: int, size: Callable[[np.random.Generator], tuple[int, int]], qu
         picture = np.zeros((height, width, 3), np.float32)
         for octave in range(2, 8):
             coarse = rng.normal(128, 110 / octave, (2**octave, 2**octave, 3)).clip(0, 255).astype(np.uint8)
-            picture += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32) - 128
+            layer = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+            picture += np.asarray(layer, np.float32) - 128
         buffer = io.BytesIO()
         Image.fromarray((picture / 2 + 128).clip(0, 255).astype(np.uint8)).save(buffer, "jpeg", quality=quality)
         found.append(buffer.getvalue())
@@ -63,6 +64,13 @@ def folder_of(root: Path, encoded: list[bytes], count: int) -> Path:
     return root
 
 
+class TimedEncoder(Encoder):
+    """Says when it finished a chunk: Ray hands results on one chunk later."""
+
+    def __call__(self, item: dict) -> dict:
+        return super().__call__(item) | {"finished": time.time()}
+
+
 def steady_rate(config: PrecomputeConfig) -> tuple[float, float, float]:
     """The pipeline of `precompute` without its summary: images/s between first and last chunk, and of start-up and all the
     seconds. What the job does before and after is counted in neither rate."""
@@ -71,13 +79,14 @@ def steady_rate(config: PrecomputeConfig) -> tuple[float, float, float]:
     parts = cut(listing, source.kind, config.chunk_size)
     sources.write_parts(storage.join(config.output, PLAN), listing, parts)
     storage.write_json(storage.join(config.output, "lock.json"), {"token": "benchmark"})
-    started = time.perf_counter()
+    started = time.time()
     marks = []
     with progress.watched(lambda row: None) as mailbox:
         arguments = (config_io.to_dict(config), source.folder, source.kind, "benchmark", mailbox)
-        for row in fanout.run_chunks([{"chunk": k} for k in range(len(parts))], Encoder, arguments, config.workers,
+        for row in fanout.run_chunks([{"chunk": k} for k in range(len(parts))], TimedEncoder, arguments, config.workers,
                                      calls_per_worker=2):
-            marks.append((time.perf_counter() - started, json.loads(row["entry"])["num_read"]))
+            marks.append((row["finished"] - started, json.loads(row["entry"])["num_read"]))
+    marks.sort()
     first, last = marks[0][0], marks[-1][0]
     return sum(n for _, n in marks[1:]) / (last - first), first, last
 
@@ -283,10 +292,9 @@ def reading(quick: bool, folder: Path) -> dict[str, float]:
 def _write_latents(folder: Path, moments: np.ndarray, rows_per_group: int) -> None:
     files = []
     for number, part in enumerate(np.split(moments, len(moments) // 4096 or 1)):
-        first = number * len(part)
-        table = latents.encode_table([f"{first + i}" for i in range(len(part))], [(first + i) % 1000 for i in range(len(part))],
-                                     part, None, 0.0, {})
-        files.append(latents.write_file(str(folder / f"chunk-{number}.parquet"), table, rows_per_group))
+        rows = range(number * len(part), (number + 1) * len(part))
+        table = latents.encode_table([str(i) for i in rows], [i % 1000 for i in rows], part, None, 0.0, {})
+        files.append(latents.write_file(str(folder), f"chunk-{number}.parquet", table, rows_per_group))
     latents.write_manifest(str(folder), latents.Manifest(
         identity="", shape=[4, 32, 32], image_size=256, vae={}, num_classes=1000, class_counts=[0] * 1000,
         class_names=[""] * 1000, flip=False, files=files))

@@ -63,7 +63,7 @@ def write_latents(folder: Path) -> None:
     rng = np.random.default_rng(0)
     moments = np.abs(rng.normal(size=(130, 2, 4, 4, 4)))
     table = latents.encode_table([str(i) for i in range(130)], [i % 10 for i in range(130)], moments, None, 0.0, {})
-    file = latents.write_file(str(folder / "chunk-00000.parquet"), table, rows_per_group=16)
+    file = latents.write_file(str(folder), "chunk-00000.parquet", table, rows_per_group=16)
     vae = {"path": "digits", "revision": None, "scale": 1.0, "shift": 0.0, "weights_hash": "none"}
     latents.write_manifest(str(folder), latents.Manifest(
         identity="example", shape=[4, 4, 4], image_size=32, vae=vae, num_classes=10, class_counts=[13] * 10,

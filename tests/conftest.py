@@ -1,12 +1,15 @@
 """Fixtures for all tests: the reference vectors, small latents, and one Ray session."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from tests import s3
 
 # With more threads than idle cores, torch's threads wait for each other and run many times slower.
 torch.set_num_threads(1)
@@ -44,6 +47,7 @@ def ray_session():
 
     from mdt_ray.jobs import session
 
+    os.environ.update(s3.KEYS)  # Ray's workers inherit what is set now
     session.start()
     yield ray
     ray.shutdown()

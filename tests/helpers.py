@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mdt_ray import storage
 from mdt_ray.config import EmaConfig, ModelConfig, OptimConfig, TrainConfig
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
@@ -22,7 +21,7 @@ def make_latents(folder: Path, num_images: int = 100, num_files: int = 2, side: 
         moments = np.stack([mean, np.full_like(mean, 0.05)], axis=1)
         table = latents.encode_table([f"image-{row:05d}" for row in rows], labels, moments, moments if flip else None,
                                      validation_share, {"shape": [4, side, side]})
-        files.append(latents.write_file(storage.join(str(folder), f"chunk-{number:05d}.parquet"), table, rows_per_group=16))
+        files.append(latents.write_file(str(folder), f"chunk-{number:05d}.parquet", table, rows_per_group=16))
     manifest = Manifest(identity="test", shape=[4, side, side], image_size=32, num_classes=num_classes, flip=flip,
                         vae={"path": "digits", "revision": None, "scale": 1.0, "shift": 0.0, "weights_hash": "none"},
                         class_counts=[num_images // num_classes] * num_classes,

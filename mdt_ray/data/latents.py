@@ -95,14 +95,14 @@ def encode_table(ids: list[str], labels: list[int], moments: np.ndarray, flipped
     return pa.table(columns).replace_schema_metadata({"mdt_ray.latents": json.dumps(metadata, sort_keys=True)})
 
 
-def write_file(uri: str, table: pa.Table, rows_per_group: int) -> LatentFile:
+def write_file(folder: str, name: str, table: pa.Table, rows_per_group: int) -> LatentFile:
     """Write a chunk's file whole; returns its entry for the manifest. The same table gives the same bytes."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, row_group_size=rows_per_group, compression="none", use_dictionary=False)
     data = buffer.getvalue()
-    storage.write_bytes(uri, data)
+    storage.write_bytes(storage.join(folder, name), data)
     validation_rows = [row for row, split in enumerate(table.column("split").to_pylist()) if split == "validation"]
-    return LatentFile(name=uri.rpartition("/")[2].partition("?")[0], num_rows=table.num_rows, num_bytes=len(data),
+    return LatentFile(name=name, num_rows=table.num_rows, num_bytes=len(data),
                       sha256=storage.sha256(data), rows_per_group=rows_per_group, validation_rows=validation_rows)
 
 

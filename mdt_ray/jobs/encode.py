@@ -124,8 +124,8 @@ class Encoder:
                  "precision": config.precision, "schema_version": latents.SCHEMA_VERSION}
         table = latents.encode_table(ids, labels, moments[:, 0], moments[:, 1] if config.flip else None,
                                      config.validation_share, facts)
-        uri = storage.join(config.output, f"chunk-{chunk:05d}.parquet")
-        return {"file": asdict(latents.write_file(uri, table, config.rows_per_group)), "shape": facts["shape"], "vae": vae,
+        file = latents.write_file(config.output, f"chunk-{chunk:05d}.parquet", table, config.rows_per_group)
+        return {"file": asdict(file), "shape": facts["shape"], "vae": vae,
                 "class_counts": Counter(labels), "sums": latents.sums(moments[:, 0])}
 
 

@@ -1,0 +1,113 @@
+"""precompute with an object store as source and as target: a real server over HTTP, real processes, real kills."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mdt_ray import storage
+from mdt_ray.config import PrecomputeConfig
+from mdt_ray.data import latents
+from mdt_ray.jobs.precompute import precompute
+from tests import harness, s3
+from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def store(ray_session):
+    with s3.serve() as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def environment(ray_session):
+    from mdt_ray.jobs import session
+
+    return session.environment()
+
+
+@pytest.fixture(scope="module")
+def source(store, tmp_path_factory):
+    """The same 40 pictures as a folder, as tars and as Parquet: in the store and on disk."""
+    root = tmp_path_factory.mktemp("source")
+    pictures = [encoded(seed=i, kind="jpeg") for i in range(40)]
+    write_folder(root / "folder", [(f"{'abcd'[i % 4]}/{i}.jpg", data) for i, data in enumerate(pictures)])
+    for tar in range(2):
+        members = [m for i in range(tar * 20, tar * 20 + 20) for m in sample(f"{i}", pictures[i], i % 4)]
+        write_tar(root / "tars" / f"{tar}.tar", members)
+    write_parquet(root / "parquet" / "s.parquet", [(data, i % 4) for i, data in enumerate(pictures)])
+    store.upload(root, "source")
+    return root
+
+
+SETTINGS = ["--vae.path", "digits", "--image-size", "32", "--chunk-size", "8", "--encode-batch-size", "4"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars", "parquet"])
+def test_from_store_to_store_equals_from_disk_to_disk(store, source, tmp_path, kind):
+    harness.run_here(["precompute", "--source", f"{source}/{kind}", "--output", str(tmp_path / "out"), *SETTINGS])
+    command = ["precompute", "--source", store.uri(f"source/{kind}"), "--output", store.uri(f"out-{kind}"), *SETTINGS]
+    harness.run_here(command)
+    there = store.objects(f"out-{kind}")
+    here = harness.files(tmp_path / "out", "**/*")
+    assert there.keys() == here.keys()
+    assert [name for name in here if here[name] != there[name]] == ["run.json", "source.parquet"], "paths, times"
+    if kind == "folder":
+        before = store.times("out-folder")
+        harness.run_here(command)
+        assert store.times("out-folder") == before, "a finished job changes nothing"
+
+
+def test_a_killed_job_goes_on_and_no_partial_object_counts(store, source, environment):
+    command = ["precompute", "--source", store.uri("source/folder"), "--output", store.uri("killed"), *SETTINGS,
+               "--chunk-size", "2", "--encode-batch-size", "2"]
+    code = harness.run_and_kill(command, environment, when=lambda: len(store.objects("killed/chunks")) >= 3)
+    assert code == -9
+    found = store.objects("killed")
+    assert "manifest.json" not in found
+    entries = {name: json.loads(data) for name, data in found.items() if name.startswith("chunks/")}
+    assert 3 <= len(entries) < 20
+    # One finished object is cut short behind the job's back; its record still says that it is finished.
+    damaged = sorted(entries)[0].removeprefix("chunks/").removesuffix(".json")
+    store.put(f"killed/chunk-{damaged}.parquet", found[f"chunk-{damaged}.parquet"][:100])
+    before = store.times("killed")
+    harness.run(command, environment)
+    after, manifest = store.objects("killed"), latents.open_manifest(store.uri("killed"))
+    assert manifest.num_rows == 40
+    assert {f.name: f.sha256 for f in manifest.files} == {
+        name: storage.sha256(data) for name, data in after.items() if name.startswith("chunk-")}
+    again = {name for name, time in store.times("killed").items() if time != before.get(name)}
+    finished = {f"chunk-{name.removeprefix('chunks/').removesuffix('.json')}.parquet" for name in entries}
+    assert again & finished == {f"chunk-{damaged}.parquet"}, "finished chunks are not encoded again"
+
+
+def test_an_upload_that_dies_leaves_no_object(store, environment):
+    uri = store.uri("half/x.bin")
+    code = ("import os\nfrom mdt_ray import storage\n"
+            f"fs, path = storage.resolve({uri!r})\n"
+            "stream = fs.open_output_stream(path)\n"
+            "for _ in range(4):\n    stream.write(bytes(6 * 2**20))\n"
+            "print('parts sent', flush=True)\nos.kill(os.getpid(), 9)\n")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-9, "parts sent\n")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, bytes(20 * 2**20))
+    assert len(storage.read_bytes(uri)) == 20 * 2**20
+
+
+def test_what_is_not_there_is_named(store):
+    with pytest.raises(ValueError, match=r"source = 's3://pictures/nothing.*: no such file or folder"):
+        precompute(PrecomputeConfig(source=store.uri("nothing"), output=store.uri("out")))
+    with pytest.raises(ValueError, match=r"source = 's3://no-such-bucket.*: (no such file|cannot be listed)"):
+        precompute(PrecomputeConfig(source=store.uri("x").replace("pictures", "no-such-bucket"), output=store.uri("out")))
+
+
+def test_a_store_that_is_down_is_an_error_that_says_so(tmp_path):
+    with s3.serve() as store:
+        uri = store.uri("x.bin")
+        storage.write_bytes(uri, b"there")
+    with pytest.raises(OSError, match=r"x.bin.*: could not be written .*run the same command again"):
+        storage.write_bytes(uri, b"gone")
