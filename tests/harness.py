@@ -48,7 +48,10 @@ def run_and_kill(arguments: list[str], environment: dict[str, str], when: Callab
         if victim == "driver":
             process.kill()
         else:
-            os.kill(ray_process(victim), signal.SIGKILL)
+            while not (pid := ray_process(victim)):
+                assert process.poll() is None, f"no process of Ray was called {victim!r}"
+                time.sleep(0.002)
+            os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=timeout)
         return process.returncode
     finally:
@@ -56,15 +59,13 @@ def run_and_kill(arguments: list[str], environment: dict[str, str], when: Callab
         process.wait()
 
 
-def ray_process(part: str) -> int:
-    """Process id of one of Ray's workers whose title holds `part`."""
-    found = []
+def ray_process(part: str) -> int | None:
+    """Process id of one of Ray's workers whose title holds `part`, if there is one now."""
     for process in psutil.process_iter(["pid", "cmdline"]):
         title = " ".join(process.info["cmdline"] or [])
         if title.startswith("ray::") and part in title:
-            found.append(process.info["pid"])
-    assert found, f"no process of Ray is called {part!r}"
-    return found[0]
+            return process.info["pid"]
+    return None
 
 
 def files(folder: Path, pattern: str) -> dict[str, bytes]:

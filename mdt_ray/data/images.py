@@ -4,7 +4,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
 """Pictures of more pixels are rejected, by their header: what Pillow calls a decompression bomb."""
@@ -27,6 +27,8 @@ def decode_image(data: bytes | None, exif_rotation: bool = False) -> Image.Image
             if exif_rotation:
                 image = ImageOps.exif_transpose(image)
             return _to_rgb(image)
+    except UnidentifiedImageError as error:  # whose text holds an address in memory
+        raise ValueError("not a readable image (no known format)") from error
     except Exception as error:  # Pillow's decoders raise whatever hostile bytes lead them to
         raise ValueError(f"not a readable image ({str(error) or type(error).__name__})") from error
 

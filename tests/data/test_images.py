@@ -87,7 +87,7 @@ def test_exif_rotation_is_an_option():
 
 
 @pytest.mark.parametrize(("data", "reason"), [
-    (b"", "no bytes"), (None, "no bytes"), (b"not an image", "cannot identify image file"),
+    (b"", "no bytes"), (None, "no bytes"), (b"not an image", "no known format"),
     (encoded()[:120], "not a readable image"), (encoded(kind="jpeg")[:-40], "truncated"),
     (encoded()[:60], "not a readable image"), (encoded(kind="gif")[:20], "not a readable image"),
     (encoded(kind="tiff")[:50], "not a readable image"), (encoded(kind="webp")[:50], "not a readable image"),

@@ -7,6 +7,7 @@ import pytest
 
 from mdt_ray import checkpoints, storage
 from tests import harness
+from tests.data.pictures import encoded, write_folder
 from tests.helpers import make_latents
 
 pytestmark = pytest.mark.ray
@@ -43,17 +44,29 @@ def checkpoint(folder, ray_session) -> str:
     return f"{folder}/digits-train"
 
 
-def test_precompute_survives_a_killed_encoder(folder, environment):
-    def command(name: str) -> list[str]:
-        return ["precompute", "digits", "--output", f"{folder}/{name}", "--chunk-size", "32", "--workers.num-workers", "1"]
+@pytest.fixture(scope="module")
+def pictures(folder) -> str:
+    """Some hundred pictures that take a while to decode; one is broken."""
+    large = [encoded((900, 700), seed=i, kind="jpeg") for i in range(8)]
+    write_folder(folder / "pictures", [(f"{'abc'[i % 3]}/{i:03d}.jpg", b"x" if i == 50 else large[i % 8])
+                                       for i in range(300)])
+    return str(folder / "pictures")
 
-    harness.run_here(command("straight"))
-    killed = folder / "killed"
-    code = harness.run_and_kill(command("killed"), environment, victim="MapWorker",
-                                when=lambda: len(list(killed.glob("chunks/*.json"))) >= 5)
-    assert code == 0, "Ray replaces the encoder, and the run goes on by itself"
-    expected, found = (harness.files(folder / name, "*") for name in ("straight", "killed"))
-    assert len(expected) == 62  # 57 chunks, manifest, source, plan, rejected, run
+
+@pytest.mark.parametrize("victim", ["MapWorker", "decode_piece", "read_chunk"])
+def test_precompute_survives_a_killed_process(folder, pictures, environment, victim):
+    def command(name: str) -> list[str]:
+        return ["precompute", "digits", "--source", pictures, "--output", f"{folder}/{name}", "--chunk-size", "15",
+                "--encode-batch-size", "8", "--workers.num-workers", "1", "--flip"]
+
+    if not (folder / "straight").exists():
+        harness.run_here(command("straight"))
+    killed = folder / f"killed-{victim}"
+    code = harness.run_and_kill(command(killed.name), environment, victim=victim,
+                                when=lambda: len(list(killed.glob("chunks/*.json"))) >= 3)
+    assert code == 0, "Ray replaces the process, and the run goes on by itself"
+    expected, found = (harness.files(path, "**/*") for path in (folder / "straight", killed))
+    assert len(expected) == 20 + 20 + 5  # chunks and their records; manifest, source, plan, rejected, run
     assert found.keys() == expected.keys()
     assert [name for name in expected if name != "run.json" and found[name] != expected[name]] == []
     assert harness.leftovers(killed) == []
@@ -62,6 +75,7 @@ def test_precompute_survives_a_killed_encoder(folder, environment):
 def test_precompute_goes_on_after_a_killed_driver(folder, environment):
     command = ["precompute", "digits", "--output", f"{folder}/killed-driver", "--chunk-size", "32",
                "--workers.num-workers", "1"]
+    harness.run_here([*command, "--output", f"{folder}/straight-driver"])
     killed = folder / "killed-driver"
     code = harness.run_and_kill(command, environment, when=lambda: len(list(killed.glob("chunks/*.json"))) >= 5)
     assert code == -9
@@ -69,7 +83,7 @@ def test_precompute_goes_on_after_a_killed_driver(folder, environment):
     finished = {p: p.stat().st_mtime_ns for p in killed.glob("chunks/*.json")}
     harness.run(command, environment)
     assert {p: p.stat().st_mtime_ns for p in finished} == finished, "finished chunks are not encoded again"
-    assert harness.files(killed, "*.parquet") == harness.files(folder / "straight", "*.parquet")
+    assert harness.files(killed, "*.parquet") == harness.files(folder / "straight-driver", "*.parquet")
     assert harness.leftovers(killed) == []
 
 
