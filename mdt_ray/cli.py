@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mdt_ray import config_io, presets
-from mdt_ray.config import ConvertConfig, EvaluateConfig, PrecomputeConfig, QuickstartConfig, TrainConfig, TuneConfig
+from mdt_ray.config import (
+    ConvertConfig,
+    EvaluateConfig,
+    InspectConfig,
+    PrecomputeConfig,
+    QuickstartConfig,
+    TrainConfig,
+    TuneConfig,
+    VerifyConfig,
+)
 
 JOBS: dict[str, tuple[type, str]] = {
     "precompute": (PrecomputeConfig, "images -> VAE latents in Parquet (Ray Data)"),
@@ -18,7 +27,18 @@ JOBS: dict[str, tuple[type, str]] = {
     "evaluate": (EvaluateConfig, "checkpoint -> samples -> FID, sFID, IS, precision, recall"),
     "convert": (ConvertConfig, "weights of MDT, MDTv2, DiT or diffusers' DiT <-> checkpoints"),
     "quickstart": (QuickstartConfig, "all four in order, then a report page"),
+    "plan precompute": (PrecomputeConfig, "how large the latents will be, and how long they will take"),
+    "latents inspect": (InspectConfig, "what a folder of latents holds"),
+    "latents verify": (VerifyConfig, "whether a folder of latents is whole, and what some decode to"),
 }
+
+
+NEEDED = {"precompute": ("output", "source"), "train": ("output", "latents"), "tune": ("output",),
+          "evaluate": ("output", "checkpoint", "reference"), "convert": ("output", "source"), "quickstart": ("output",),
+          "plan precompute": ("source",), "latents inspect": ("folder",), "latents verify": ("folder",)}
+"""Settings without which a job cannot start."""
+FUNCTIONS = {"plan precompute": "plan_precompute", "latents inspect": "inspect", "latents verify": "verify"}
+"""What a job's module calls it, where that is not the job's name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     job, *rest = arguments
+    if rest and f"{job} {rest[0]}" in JOBS:
+        job = f"{job} {rest.pop(0)}"
     if job not in JOBS:
         print(f"mdt-ray: unknown job {job!r}{config_io.suggestion(job, JOBS)}", file=sys.stderr)
         return 2
@@ -53,7 +75,7 @@ def usage() -> str:
     lines = ["usage: mdt-ray <job> [preset] [--config FILE] [--dry-run] [--debug] [--setting value ...]", "",
              "Train and evaluate Masked Diffusion Transformers with Ray.",
              "The same command again goes on where it stopped.", "", "jobs:"]
-    lines += [f"  {name:<11} {text}" for name, (_, text) in JOBS.items()]
+    lines += [f"  {name:<16} {text}" for name, (_, text) in JOBS.items()]
     lines += ["", "presets:"]
     lines += [f"  {name:<37} {text}" for name, text in presets.OVERVIEW.items()]
     return "\n".join([*lines, "", "mdt-ray <job> --help lists the settings of a job."])
@@ -68,7 +90,10 @@ def parse(job: str, arguments: list[str]) -> Any:
 
     cls, text = JOBS[job]
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    default = _of_job(job, presets.preset(name)) if name else (presets.digits() if job == "quickstart" else cls())
+    if name and job.startswith("latents "):
+        default = cls(folder=name)
+    else:
+        default = _of_job(job, presets.preset(name)) if name else (presets.digits() if job == "quickstart" else cls())
     if "--config" in arguments:
         place = arguments.index("--config")
         if place + 1 == len(arguments):
@@ -94,24 +119,28 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "ray", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("output", *(f for f in ("latents", "source", "checkpoint", "reference") if hasattr(config, f))):
+    for name in NEEDED[job]:
         if not getattr(config, name):
-            raise ValueError(f"--{name}: not given; name it, or start from a preset ({', '.join(presets.OVERVIEW)})")
-    module = importlib.import_module(f"mdt_ray.jobs.{job}")
-    result = getattr(module, job)(config)
+            raise ValueError(f"--{name}: not given; name it" + (
+                "" if name == "folder" else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
+    module = importlib.import_module(f"mdt_ray.jobs.{job.partition(' ')[0]}")
+    result = getattr(module, FUNCTIONS.get(job, job))(config)
     return _last_line(job, config, result)
 
 
 def _of_job(job: str, preset: QuickstartConfig) -> Any:
-    if job == "quickstart":
+    name = job.rpartition(" ")[2]
+    if name == "quickstart":
         return preset
-    if not hasattr(preset, job):
+    if not hasattr(preset, name):
         raise ValueError(f"{job} has no presets; give its settings")
-    return getattr(preset, job)
+    return getattr(preset, name)
 
 
 def _preview(job: str, config: Any) -> str:
     settings = json.dumps(config_io.to_dict(config), indent=1)
+    if "output" not in NEEDED[job]:
+        return f"{settings}\nmdt-ray {job} would write nothing"
     path = Path(config.output, "run.json")
     if not path.is_file():
         state = "starts from nothing"

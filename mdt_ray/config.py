@@ -97,6 +97,29 @@ class PrecomputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`latents inspect`: what a folder of latents holds."""
+
+    folder: str = operational("")
+    """Folder (URI) that `precompute` wrote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """`latents verify`: whether a folder of latents is whole."""
+
+    folder: str = operational("")
+    """Folder (URI) that `precompute` wrote."""
+    decode: int = operational(0)
+    """Also decode so many latents beside their source images, into decoded.png there, and give their PSNR."""
+    source: str = operational("")
+    """Where the source images lie now; by default where `precompute` read them."""
+
+    def __post_init__(self):
+        require(self.decode >= 0, "decode", self.decode, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The transformer. Fields left None are taken from the latents."""
 

@@ -109,6 +109,12 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def move(uri: str, target: str) -> None:
+    """Rename a file on the same filesystem."""
+    fs, path = resolve(uri)
+    fs.move(path, resolve(target)[1])
+
+
 def remove(uri: str) -> None:
     """Delete a file or a folder with all it holds; nothing if it is not there."""
     fs, path = resolve(uri)

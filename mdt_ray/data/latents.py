@@ -134,11 +134,16 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
     storage.write_json(storage.join(folder, MANIFEST), asdict(manifest))
 
 
-def open_manifest(folder: str) -> Manifest:
-    """Read the manifest and check that every file it lists is there with its size.
+def read_rejected(folder: str) -> list[dict[str, str]]:
+    """What `write_rejected` wrote; nothing, where it is missing."""
+    try:
+        return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, REJECTED)))).to_pylist()
+    except FileNotFoundError:
+        return []
 
-    Raises ValueError naming the folder or file that is missing or truncated, and the remedy.
-    """
+
+def read_manifest(folder: str) -> Manifest:
+    """Raises ValueError for a folder without a manifest, or with one of another schema."""
     try:
         values = storage.read_json(storage.join(folder, MANIFEST))
     except FileNotFoundError as error:
@@ -147,7 +152,15 @@ def open_manifest(folder: str) -> Manifest:
     if values.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"{folder}: schema_version = {values.get('schema_version')!r}, must be {SCHEMA_VERSION}; "
                          "write the latents again with `mdt-ray precompute`")
-    manifest = Manifest(**values | {"files": [LatentFile(**f) for f in values["files"]]})
+    return Manifest(**values | {"files": [LatentFile(**f) for f in values["files"]]})
+
+
+def open_manifest(folder: str) -> Manifest:
+    """Read the manifest and check that every file it lists is there with its size.
+
+    Raises ValueError naming the folder or file that is missing or truncated, and the remedy.
+    """
+    manifest = read_manifest(folder)
     sizes = storage.list_sizes(folder)
     for file in manifest.files:
         if damage := damage_of(file, sizes):
@@ -163,26 +176,29 @@ def damage_of(file: LatentFile, sizes: dict[str, int]) -> str:
     return "" if found == file.num_bytes else f"{found} bytes, must be {file.num_bytes} (truncated or changed)"
 
 
-def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip: bool) -> dict[str, np.ndarray]:
-    """One row group as arrays: label (n,), moments (n, 2, C, h, w) float16 and, if asked, moments_flip.
+def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip: bool,
+               with_ids: bool = False) -> dict[str, np.ndarray]:
+    """One row group as arrays: label (n,), moments (n, 2, C, h, w) float16 and, if asked, moments_flip and id.
 
     Raises ValueError naming a damaged file, or one without mirror images where they are asked for.
     """
     uri = storage.join(folder, file.name)
     columns = ["label", "moments"] + ["moments_flip"] * flip
+    others = ["id"] * with_ids
     try:
         metadata = _metadata(uri, file.sha256)
         fs, path = storage.resolve(uri)
         with fs.open_input_file(path) as handle:
-            table = pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns=columns, use_threads=False)
+            table = pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns=columns + others,
+                                                                               use_threads=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{uri}: row group {group} is not readable ({error}); run the same `mdt-ray precompute` again"
                          ) from error
-    arrays = {"label": table.column("label").to_numpy()}
+    arrays = {name: table.column(name).to_numpy() for name in ["label", *others]}
     for name in columns[1:]:
         if name not in table.column_names:
             raise ValueError(f"{uri}: has no {name}; run `mdt-ray precompute --flip`")
-        arrays[name] = _binary_rows(table.column(name), (2, *shape))
+        arrays[name] = binary_rows(table.column(name), (2, *shape))
     return arrays
 
 
@@ -193,7 +209,7 @@ def _metadata(uri: str, sha256: str) -> pq.FileMetaData:
     return pq.read_metadata(path, filesystem=fs)
 
 
-def _binary_rows(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
+def binary_rows(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
     """A binary column of equal rows as one float16 array, a view of its data buffer."""
     array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
     data = np.frombuffer(array.buffers()[2], dtype=np.float16)

@@ -39,6 +39,10 @@ def read_chunk(output: str, chunk: int, folder: str, kind: str, piece_size: int)
 
 @ray.remote(num_cpus=1)
 def decode_piece(piece: readers.Piece, image_size: int, exif_rotation: bool) -> Pixels:
+    return decode(piece, image_size, exif_rotation)
+
+
+def decode(piece: readers.Piece, image_size: int, exif_rotation: bool) -> Pixels:
     """Decode and crop; an image that is not readable is listed, not fatal."""
     started = time.perf_counter()
     ids, labels, pixels, rejected = [], [], [], []

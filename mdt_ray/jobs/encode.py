@@ -34,6 +34,10 @@ def piece_size(config: PrecomputeConfig) -> int:
     return config.encode_batch_size * max(1, PIECE_BYTES // batch_bytes)
 
 
+def autocast_dtype(config: PrecomputeConfig) -> torch.dtype:
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
 class Encoder:
     """Turns chunks of the plan into files: the same chunk gives the same bytes. Called from two threads at a time."""
 
@@ -43,7 +47,7 @@ class Encoder:
         self.device = session.settle(self.config.workers)
         torch.backends.cudnn.deterministic = True
         self.vae = load_vae(self.config.vae, self.device)
-        self.dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        self.dtype = autocast_dtype(self.config)
         self.turn = threading.Lock()
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:

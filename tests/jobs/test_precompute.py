@@ -110,7 +110,7 @@ def encode_here(config: PrecomputeConfig) -> dict:
     rows = sources.list_images(source).table
     encoder = encode.Encoder(config_io.to_dict(config), source.folder, source.kind, "", None)
     pieces = readers.read_pieces(source.folder, source.kind, rows, encode.piece_size(config))
-    decoded = [decode.decode_piece._function(piece, config.image_size, config.exif_rotation) for piece in pieces]
+    decoded = [decode.decode(piece, config.image_size, config.exif_rotation) for piece in pieces]
     return {"moments": np.concatenate([encoder._encode(piece.images) for piece in decoded])}
 
 
