@@ -3,13 +3,17 @@
 import importlib
 import re
 import shlex
+import textwrap
 
+import numpy as np
 import pytest
 
 from mdt_ray import config_io, presets
 from mdt_ray.cli import JOBS, parse
 from mdt_ray.config import TrainConfig
+from mdt_ray.data import latents
 from tests.conftest import ROOT
+from tests.helpers import make_latents
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("benchmarks/*.md")])
 
@@ -49,3 +53,19 @@ def test_imports_and_settings_exist(path):
         assert setting in known, f"{path}: {setting}"
     for name in re.findall(r"imagenet256-[a-z0-9-]*\d", text):
         assert name in presets.PRESETS, f"{path}: {name}"
+
+
+def test_a_stranger_reads_the_latents_in_five_lines(tmp_path, monkeypatch):
+    """The lines of docs/latents.md, as they stand there."""
+    make_latents(tmp_path / "latents", num_images=20, num_files=1)
+    text = (ROOT / "docs" / "latents.md").read_text()
+    block = re.search(r"\n\n((?:    .*\n)*    table = pq.read_table(?:.*\n)(?:    .*\n)*)", text)[1]
+    lines = textwrap.dedent(block).splitlines()
+    assert len(lines) == 5
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec("\n".join(lines), found)
+    ours = latents.read_group(str(tmp_path / "latents"), latents.read_manifest(str(tmp_path / "latents")).files[0], 0,
+                              [4, 4, 4], flip=False)
+    assert found["mean"].shape == found["std"].shape == (20, 4, 4, 4)
+    assert np.array_equal(found["moments"][:16], ours["moments"])

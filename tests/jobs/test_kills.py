@@ -1,12 +1,15 @@
 """One kill per job, with real processes: the same command again ends with the artefacts of an undisturbed run."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mdt_ray import checkpoints, storage
 from tests import harness
+from tests.conftest import ROOT
 from tests.data.pictures import encoded, write_folder
 from tests.helpers import make_latents
 
@@ -85,6 +88,26 @@ def test_precompute_goes_on_after_a_killed_driver(folder, environment):
     assert {p: p.stat().st_mtime_ns for p in finished} == finished, "finished chunks are not encoded again"
     assert harness.files(killed, "*.parquet") == harness.files(folder / "straight-driver", "*.parquet")
     assert harness.leftovers(killed) == []
+
+
+@pytest.mark.slow
+def test_precompute_decodes_on_other_nodes_and_survives_the_loss_of_one(folder, pictures, environment):
+    """The head has one CPU, which the encoder takes: decoding can only run elsewhere, and waits while there is nowhere."""
+    lost = folder / "lost-node"
+    outside = {k: v for k, v in environment.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-m", "tests.jobs.nodes", pictures, str(lost)], env=outside, cwd=ROOT,
+                          capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert 3 <= seen["chunks_at_loss"] < 20
+    assert not seen["decoded_on_head"]
+    assert seen["decoder_nodes"] == 2
+    harness.run_here(["precompute", "digits", "--source", pictures, "--output", f"{folder}/no-loss", "--chunk-size", "15",
+                      "--encode-batch-size", "8", "--workers.num-workers", "1", "--validation-share", "0.2",
+                      "--rows-per-group", "128"])
+    for pattern in ("chunk-*", "chunks/*"):
+        assert harness.files(lost, pattern) == harness.files(folder / "no-loss", pattern)
+    assert harness.leftovers(lost) == []
 
 
 @pytest.mark.parametrize("victim", ["driver", "RayTrainWorker"])
