@@ -27,6 +27,12 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         raise ValueError(f"cannot open {uri!r}: {error}; use a local path or s3://, gs://, hdfs://") from error
 
 
+def resolve_below(folder: str, name: str) -> tuple[pafs.FileSystem, str]:
+    """As `resolve`, of a file below a folder whose name may hold any character (in a URI some would need escapes)."""
+    fs, path = resolve(folder)
+    return fs, f"{path.rstrip('/')}/{name}"
+
+
 def is_local(uri: str) -> bool:
     return isinstance(resolve(uri)[0], pafs.LocalFileSystem)
 

@@ -56,7 +56,7 @@ def read_few(folder: str, kind: str, rows: pa.Table) -> Piece:
 
 
 def _read_pictures(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
-    fs, root = storage.resolve(folder)
+    fs, root = storage.resolve(folder)  # once: a client of an object store takes a while to make
 
     def read(name: str) -> bytes:
         with fs.open_input_stream(f"{root.rstrip('/')}/{name}") as stream:
@@ -76,11 +76,10 @@ def _read_tars(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Arra
         files = part["file"].to_numpy(zero_copy_only=False)
         pieces = []
         for run in np.split(np.arange(len(files)), np.flatnonzero(files[1:] != files[:-1]) + 1):  # a piece may span tars
-            uri = storage.join(folder, files[run[0]])
             first, last = offsets[run].min(), (offsets + sizes)[run].max()
 
-            def read(uri: str = uri, first: int = first, last: int = last) -> bytes:
-                fs, path = storage.resolve(uri)
+            def read(name: str = files[run[0]], first: int = first, last: int = last) -> bytes:
+                fs, path = storage.resolve_below(folder, name)
                 with fs.open_input_file(path) as handle:
                     return handle.read_at(int(last - first), int(first))
 
@@ -114,13 +113,14 @@ def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array
     for run in np.split(np.arange(len(files)), np.flatnonzero((files[1:] != files[:-1]) | (np.diff(numbers) != 1)) + 1):
         if not len(run):
             continue
-        uri, first, stop = storage.join(folder, files[run[0]]), int(numbers[run[0]]), int(numbers[run[-1]]) + 1
-        fs, path = storage.resolve(uri)
+        first, stop = int(numbers[run[0]]), int(numbers[run[-1]]) + 1
+        fs, path = storage.resolve_below(folder, files[run[0]])
         try:
             with fs.open_input_file(path) as handle:
                 yield from _row_range(pq.ParquetFile(handle, buffer_size=STREAM_BYTES), first, stop, size)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{uri}: rows {first}..{stop} are not readable ({error}); copy the file again") from error
+            raise ValueError(f"{storage.join(folder, files[run[0]])}: rows {first}..{stop} are not readable ({error}); copy "
+                             "the file again") from error
 
 
 def _row_range(file: pq.ParquetFile, first: int, stop: int, size: int) -> Iterator[pa.Array]:

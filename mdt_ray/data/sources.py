@@ -7,6 +7,8 @@ WebDataset tars, or `digits`. Not a reader of pictures: that is readers.py.
 import hashlib
 import io
 import json
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,12 +25,15 @@ import pyarrow.parquet as pq
 from mdt_ray import storage
 from mdt_ray.data import tars
 
+logger = logging.getLogger(__name__)
 DIGITS = Path(__file__).parents[1] / "assets" / "digits"
 IMAGE_SUFFIXES = frozenset(["bmp", "gif", "jfif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"])
 LABEL_TABLES = ("labels.csv", "labels.parquet", "metadata.csv", "metadata.parquet")
 """Tables that give the labels of a folder of pictures, where it has no subfolder per class."""
 FILE_COLUMNS, LABEL_COLUMNS = ("file", "file_name", "filename", "path", "image", "id"), ("label", "class", "cls")
 SCAN_THREADS = 16
+MAX_CLASSES = 2**20
+"""A label beyond is no class number but a mistake: the model has a row of weights for each."""
 
 LISTING = pa.schema([("id", pa.string()), ("label", pa.int32()), ("file", pa.string()), ("offset", pa.int64()),
                      ("size", pa.int64())])
@@ -75,16 +80,22 @@ def open_source(uri: str, labels: str = "") -> Source:
         labels: table of labels for a folder of pictures; by default one of LABEL_TABLES in it.
     Raises ValueError if there is nothing there, if it cannot be listed, or if it holds several kinds.
     """
-    if uri == "digits":
+    embedded = uri == "digits"
+    if embedded:
         uri = str(DIGITS / "digits.parquet")
     folder, infos = _files_below(uri)
     tables = {name: storage.join(folder, name) for name in infos if name in LABEL_TABLES}
     kinds: dict[str, list[str]] = {"pictures": [], "parquet": [], "tar": []}
+    ignored: Counter[str] = Counter()
     for name in sorted(infos.keys() - tables.keys()):
         suffix = name.rpartition(".")[2].lower()
         kind = "pictures" if suffix in IMAGE_SUFFIXES else suffix
-        if kind in kinds and not name.rpartition("/")[2].startswith(".") and storage.join(folder, name) != labels:
+        if name.rpartition("/")[2].startswith(".") or storage.join(folder, name) == labels:
+            continue
+        if kind in kinds:
             kinds[kind].append(name)
+        else:
+            ignored["." + suffix if "." in name.rpartition("/")[2] else "without a suffix"] += 1
     found = [kind for kind, names in kinds.items() if names]
     if not found:
         raise ValueError(f"source = {uri!r}: holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}), no *.parquet and no "
@@ -92,6 +103,9 @@ def open_source(uri: str, labels: str = "") -> Source:
     if len(found) > 1:
         raise ValueError(f"source = {uri!r}: holds " + " and ".join(f"{kind} ({kinds[kind][0]}, ...)" for kind in found) +
                          "; name a folder that holds one kind")
+    if ignored:
+        logger.warning("%s: %d other files are left out (%s)", uri, ignored.total(),
+                       ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(5)))
     names = kinds[found[0]]
     if labels and found[0] != "pictures":
         raise ValueError(f"labels = {labels!r}: the source's {found[0]} files carry their own labels; leave it out")
@@ -100,7 +114,8 @@ def open_source(uri: str, labels: str = "") -> Source:
             raise ValueError(f"source = {uri!r}: its pictures have no labels; give each class a subfolder, or name a table "
                              f"with columns file and label by --labels (found: {', '.join(tables) or 'none'})")
         labels = next(iter(tables.values()))
-    files = pa.table([names, [infos[n].size for n in names], [infos[n].mtime_ns or 0 for n in names]], schema=FILES)
+    times = [0 if embedded else infos[n].mtime_ns or 0 for n in names]  # an installation gives our own file a new time
+    files = pa.table([names, [infos[n].size for n in names], times], schema=FILES)
     return Source(folder=folder, kind=found[0], files=files, labels=labels)
 
 
@@ -193,13 +208,19 @@ def _labels_from_table(source: Source, names: list[str]) -> list[Any]:
     fs, path = storage.resolve(source.labels)
     try:
         with fs.open_input_file(path) as handle:
-            table = pq.read_table(handle) if path.endswith(".parquet") else pyarrow.csv.read_csv(handle)
+            as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(FILE_COLUMNS, pa.string()))  # 007 is no number
+            table = pq.read_table(handle) if path.endswith(".parquet") else pyarrow.csv.read_csv(
+                handle, convert_options=as_text)
     except (OSError, ValueError) as error:
         raise ValueError(f"labels = {source.labels!r}: not a readable CSV or Parquet table ({error})") from error
     columns = [next((c for c in wanted if c in table.column_names), None) for wanted in (FILE_COLUMNS, LABEL_COLUMNS)]
     if None in columns:
         raise ValueError(f"labels = {source.labels!r}: has columns {', '.join(table.column_names)}; needs file and label")
-    labels = dict(zip(table[columns[0]].cast(pa.string()).to_pylist(), table[columns[1]].to_pylist(), strict=True))
+    files = table[columns[0]].cast(pa.string()).to_pylist()
+    labels = dict(zip(files, table[columns[1]].to_pylist(), strict=True))
+    if len(labels) < len(files):
+        twice = next(name for name, n in Counter(files).items() if n > 1)
+        raise ValueError(f"labels = {source.labels!r}: {twice!r} occurs twice; leave one row")
     missing, extra = [n for n in names if n not in labels], sorted(labels.keys() - set(names))
     if missing or extra:
         raise ValueError(f"labels = {source.labels!r}: " + " and ".join(
@@ -212,7 +233,7 @@ def _list_parquet(source: Source) -> Rows:
     ids, labels, places = [], [], []
     names = source.files["name"].to_pylist()
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        tables = pool.map(lambda n: _parquet_columns(storage.join(source.folder, n)), names)
+        tables = pool.map(lambda n: _parquet_columns(source.folder, n), names)
         for name, table in zip(names, tables, strict=True):
             ids += [path or f"{name}#{row}" for row, path in enumerate(table["path"].to_pylist())]
             labels += table["label"].to_pylist()
@@ -220,38 +241,36 @@ def _list_parquet(source: Source) -> Rows:
     return ids, labels, places
 
 
-def _parquet_columns(uri: str) -> pa.Table:
+def _parquet_columns(folder: str, name: str) -> pa.Table:
     """`path` (of the image, or null) and `label` of every row, without reading the images."""
-    schema = parquet_schema(uri)
+    schema = _parquet_schema(folder, name)
     for column in ("image", "label"):
         if column not in schema.names:
-            raise ValueError(f"{uri}: has no column {column!r}; expected image (struct of bytes, path) and label")
+            raise ValueError(f"{storage.join(folder, name)}: has no column {column!r}; expected image (struct of bytes, "
+                             "path) and label")
     image = schema.field("image").type
     has_path = pa.types.is_struct(image) and image.get_field_index("path") >= 0
-    fs, path = storage.resolve(uri)
-    try:
-        with fs.open_input_file(path) as handle:
-            table = pq.ParquetFile(handle).read(columns=["label"] + ["image.path"] * has_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{uri}: not a readable Parquet file ({error})") from error
+    fs, path = storage.resolve_below(folder, name)
+    with fs.open_input_file(path) as handle:
+        table = pq.ParquetFile(handle).read(columns=["label"] + ["image.path"] * has_path)
     paths = pc.struct_field(table["image"], "path") if has_path else pa.nulls(table.num_rows, pa.string())
     return pa.table({"path": paths, "label": table["label"]})
 
 
-def parquet_schema(uri: str) -> pa.Schema:
+def _parquet_schema(folder: str, name: str) -> pa.Schema:
     """Raises ValueError for what is no Parquet file."""
-    fs, path = storage.resolve(uri)
+    fs, path = storage.resolve_below(folder, name)
     try:
         return pq.read_schema(path, filesystem=fs)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{uri}: not a readable Parquet file ({error})") from error
+        raise ValueError(f"{storage.join(folder, name)}: not a readable Parquet file ({error})") from error
 
 
 def _list_tars(source: Source) -> Rows:
     ids, labels, places = [], [], []
     names = source.files["name"].to_pylist()
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        scans = pool.map(lambda n: tars.scan(storage.join(source.folder, n), IMAGE_SUFFIXES), names)
+        scans = pool.map(lambda n: tars.scan(source.folder, n, IMAGE_SUFFIXES), names)
         for name, samples in zip(names, scans, strict=True):
             ids += [f"{name.removesuffix('.tar')}/{sample.key}" for sample in samples]
             labels += [sample.label for sample in samples]
@@ -274,9 +293,10 @@ def _number_classes(source: Source, ids: list[str], labels: list[Any]) -> tuple[
             numbers = {name: i for i, name in enumerate(names)}
             return np.array([numbers[label] for label in labels], np.int32), names
         labels = [int(label) for label in labels]
+    labels = [int(label) if isinstance(label, float) and label.is_integer() else label for label in labels]
     names = _parquet_class_names(source) if source.kind == "parquet" else None
     limit, rule = (len(names), f"below the source's number of classes, {len(names)}") if names else \
-        (2**31 - 1, "a number of at least 0 (or all labels are names)")
+        (MAX_CLASSES, f"a number from 0 to {MAX_CLASSES - 1} (or all labels are names)")
     for image_id, label in zip(ids, labels, strict=True):
         if type(label) is not int or not 0 <= label < limit:
             raise ValueError(f"source = {source.folder!r}: image {image_id!r} has label {label!r}: must be {rule}; correct "
@@ -286,7 +306,7 @@ def _number_classes(source: Source, ids: list[str], labels: list[Any]) -> tuple[
 
 def _parquet_class_names(source: Source) -> list[str] | None:
     """Names of the classes where the files carry Hugging Face's description of them."""
-    metadata = parquet_schema(storage.join(source.folder, source.files["name"][0].as_py())).metadata or {}
+    metadata = _parquet_schema(source.folder, source.files["name"][0].as_py()).metadata or {}
     description = json.loads(metadata.get(b"huggingface", b"{}"))
     return description.get("info", {}).get("features", {}).get("label", {}).get("names")
 

@@ -23,12 +23,13 @@ class Sample:
     size: int
 
 
-def scan(uri: str, image_suffixes: frozenset[str]) -> list[Sample]:
+def scan(folder: str, name: str, image_suffixes: frozenset[str]) -> list[Sample]:
     """The samples of a tar, in its order.
 
     Raises ValueError naming a tar that is damaged, compressed or truncated, and a sample without a picture.
     """
-    fs, path = storage.resolve(uri)
+    fs, path = storage.resolve_below(folder, name)
+    uri = storage.join(folder, name)
     samples: dict[str, dict[str, Any]] = {}
     try:
         with fs.open_input_file(path) as handle:
@@ -57,8 +58,9 @@ def _note(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarf
     stem, _, suffix = name.partition(".")
     sample = samples.setdefault(folder + slash + stem, {})
     suffix = suffix.lower()
-    if suffix.rpartition(".")[2] in image_suffixes:
-        sample |= {"offset": member.offset_data, "size": member.size}
+    if suffix in image_suffixes:  # key.jpg, but not key.mask.png
+        sample.setdefault("offset", member.offset_data)
+        sample.setdefault("size", member.size)
     elif suffix == "cls":
         sample["label"] = tar.extractfile(member).read().decode(errors="replace").strip()
     elif suffix == "json" and "label" not in sample:

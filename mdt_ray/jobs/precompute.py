@@ -66,10 +66,15 @@ def prepare(config: PrecomputeConfig) -> tuple[PrecomputeConfig, Source, dict]:
     paths = {name: storage.absolute(value) for name in ("source", "labels", "output")
              if (value := getattr(config, name)) and value != "digits"}
     config = config_io.override(config, paths)
+    source_folder, output = (uri.partition("?")[0].rstrip("/") + "/" for uri in (config.source, config.output))
+    if output.startswith(source_folder):
+        raise ValueError(f"output = {config.output!r}: lies in the source, {config.source!r}, which it would change; put it "
+                         "elsewhere")
     source = sources.open_source(config.source, config.labels)
     check_image_size(config.vae, config.image_size)
     vae = pin_revision(config.vae)
-    run = run_folder.describe("precompute", config, {"source": source.fingerprint, "vae": vae_fingerprint(vae)})
+    run = run_folder.describe("precompute", config, {
+        "source": source.fingerprint, "vae": vae_fingerprint(vae), "schema_version": latents.SCHEMA_VERSION})
     return config_io.override(config, {"vae": config_io.to_dict(vae)}), source, run
 
 
@@ -83,7 +88,8 @@ def refuse_changes(output: str, source: Source) -> None:
     if lines:
         more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
         raise ValueError(f"{output}: the source has changed since this run began:\n  " + "\n  ".join(lines[:10]) + more +
-                         "\nUse another output folder, put the source back, or delete the folder.")
+                         "\nUse another output folder, or put the source back. If only the files' times changed, delete "
+                         f"{SOURCE} there.")
 
 
 def cut(listing: Listing, kind: str, chunk_size: int) -> list[np.ndarray]:

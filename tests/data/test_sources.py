@@ -78,6 +78,46 @@ def test_ids_are_paths_or_keys(tmp_path, make, ids):
     assert [image_id for image_id, _, _ in found] == ids
 
 
+@pytest.mark.parametrize("make", [imagenet, tars, parquet])
+def test_names_may_hold_any_character(tmp_path, make):
+    """Spaces, and what would mean something in a URI."""
+    root = make(tmp_path / "a b#c?d%20e")
+    for path in sorted(root.rglob("*"), reverse=True):
+        if path.is_file():
+            path.rename(path.with_name(f"x %41#é?{path.name}"))
+    assert sorted(data for _, _, data in read(sources.open_source(str(root)))) == sorted(PICTURES)
+
+
+def test_symbolic_links_are_followed(tmp_path):
+    imagenet(tmp_path / "there")
+    (tmp_path / "source").mkdir()
+    for name in ("n01", "n02", "n03"):
+        (tmp_path / "source" / name).symlink_to(tmp_path / "there" / name)
+    assert len(read(sources.open_source(str(tmp_path / "source")))) == 7
+
+
+def test_other_files_are_left_out_and_said(tmp_path, caplog):
+    others = ("n01/x.heic", "n02/y.HEIC", "README", ".DS_Store")
+    root = write_folder(imagenet(tmp_path), [(name, b"x") for name in others])
+    assert len(read(sources.open_source(str(root)))) == 7
+    assert "3 other files are left out (2 .heic, 1 without a suffix)" in caplog.text
+
+
+def test_file_names_that_look_like_numbers(tmp_path):
+    write_folder(tmp_path, [(f"00{i}.jpg", data) for i, data in enumerate(PICTURES)])
+    rows = [f"00{i}.jpg,{float(i)}" for i in range(7)]
+    (tmp_path / "labels.csv").write_text("\n".join(["id,label", *rows]))
+    assert [label for _, label, _ in read(sources.open_source(str(tmp_path)))] == list(range(7))
+    (tmp_path / "labels.csv").write_text("\n".join(["id,label", *rows, rows[3]]))
+    refused(tmp_path, r"labels = .*: '003.jpg' occurs twice")
+
+
+def test_a_samples_other_pictures_are_not_it(tmp_path):
+    members = [("1.mask.png", b"mask"), *sample("1", PICTURES[0], 3), ("1.png", b"second")]
+    write_tar(tmp_path / "a.tar", members)
+    assert read(sources.open_source(str(tmp_path / "a.tar"))) == [("a/1", 3, PICTURES[0])]
+
+
 def test_numbers_stay_numbers(tmp_path):
     write_tar(tmp_path / "t" / "a.tar", [m for i in range(3) for m in sample(f"{i}", PICTURES[i], 10 * i)])
     listing = sources.list_images(sources.open_source(str(tmp_path / "t" / "a.tar")))
@@ -211,8 +251,9 @@ def test_tables_of_labels_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize(("label", "names", "message"), [
-    (-1, None, r"image 's-1.png' has label -1: must be a number of at least 0"),
+    (-1, None, r"image 's-1.png' has label -1: must be a number from 0 to 1048575"),
     (None, None, r"1 images have no label, such as 's-1.png'"),
+    (2**21, None, r"image 's-1.png' has label 2097152: must be a number from 0 to 1048575"),
     (2, ["cat", "dog"], r"image 's-1.png' has label 2: must be below the source's number of classes, 2"),
 ])
 def test_a_label_outside_the_classes_is_refused(tmp_path, label, names, message):

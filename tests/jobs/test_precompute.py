@@ -217,7 +217,10 @@ def test_bad_settings_are_refused_before_ray_starts(tmp_path):
         precompute(encoding(tmp_path / "source", tmp_path / "out", **{"vae.path": str(tmp_path / "none")}))
     with pytest.raises(ValueError, match=r"vae.path = '.*none': no AutoencoderKL there"):
         load_vae(VaeConfig(path=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match=r"output = '.*source/out': lies in the source"):
+        precompute(encoding(tmp_path / "source", tmp_path / "source" / "out"))
     assert not (tmp_path / "out").exists()
+    assert len(list((tmp_path / "source").iterdir())) == 1
 
 
 def test_latents_that_are_not_finite_are_refused(tmp_path):
