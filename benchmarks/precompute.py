@@ -82,7 +82,7 @@ def steady_rate(config: PrecomputeConfig) -> tuple[float, float, float]:
     started = time.time()
     marks = []
     with progress.watched(lambda row: None) as mailbox:
-        arguments = (config_io.to_dict(config), source.folder, source.kind, "benchmark", mailbox)
+        arguments = (config_io.to_dict(config), source.folder, source.kind, "benchmark", "benchmark", mailbox)
         for row in fanout.run_chunks([{"chunk": k} for k in range(len(parts))], TimedEncoder, arguments, config.workers,
                                      calls_per_worker=2):
             marks.append((row["finished"] - started, json.loads(row["entry"])["num_read"]))

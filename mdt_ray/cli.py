@@ -141,14 +141,25 @@ def _preview(job: str, config: Any) -> str:
     settings = json.dumps(config_io.to_dict(config), indent=1)
     if "output" not in NEEDED[job]:
         return f"{settings}\nmdt-ray {job} would write nothing"
-    path = Path(config.output, "run.json")
-    if not path.is_file():
+    run = _held_run(config.output)
+    if run is None:
         state = "starts from nothing"
     else:
-        held = {k: v for k, v in json.loads(path.read_text())["identity"].items() if k != "inputs"}
+        held = {k: v for k, v in run["identity"].items() if k != "inputs"}
         lines = config_io.difference(held, json.loads(json.dumps(config_io.identity_fields(config))))
         state = "refused, since it holds another run:\n  " + "\n  ".join(lines) if lines else "goes on, or is finished"
     return f"{settings}\nmdt-ray {job} would write to {config.output}: {state}"
+
+
+def _held_run(output: str) -> dict | None:
+    """run.json of an output folder. A local one is read without importing what opens stores."""
+    if "://" in output:
+        from mdt_ray import storage
+
+        uri = storage.join(output, "run.json")
+        return storage.read_json(uri) if storage.exists(uri) else None
+    path = Path(output, "run.json")
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _last_line(job: str, config: Any, result: Any) -> str:

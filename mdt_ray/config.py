@@ -46,7 +46,7 @@ class VaeConfig:
     """Which diffusers AutoencoderKL turns images into latents and back."""
 
     path: str = "stabilityai/sd-vae-ft-mse"
-    """Local folder, hub id, or `digits` for the embedded one."""
+    """Local folder, hub id (user/repository or user/repository/subfolder), or `digits` for the embedded one."""
     revision: str | None = None
     """Hub revision (commit); None takes the newest."""
 

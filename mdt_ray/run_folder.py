@@ -95,8 +95,11 @@ def _lock(output: str) -> Iterator[str]:
     done = threading.Event()
 
     def renew() -> None:
-        while not done.wait(LEASE_SECONDS / 3) and holds(output, owner["token"]):
-            storage.write_json(uri, owner | {"renewed": time.time()})
+        while not done.wait(LEASE_SECONDS / 3):
+            with contextlib.suppress(OSError):  # a store that does not answer for once is no reason to lose the folder
+                if not holds(output, owner["token"]):
+                    return
+                storage.write_json(uri, owner | {"renewed": time.time()})
 
     thread = threading.Thread(target=renew, daemon=True, name="lock-renewal")
     thread.start()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pyarrow.fs as pafs
 
 def absolute(uri: str) -> str:
     """The URI with a local path made absolute (Ray's workers change directory)."""
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    return uri if "://" in uri else os.path.abspath(Path(uri).expanduser())
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -90,20 +91,27 @@ def write_bytes(uri: str, data: bytes) -> None:
         if isinstance(fs, pafs.LocalFileSystem):
             _write_local(path, data)
         else:
-            with fs.open_output_stream(path) as stream:
-                stream.write(data)
-            # A stream that is closed after a failed write may have completed an upload that lacks its end.
-            if (size := fs.get_file_info(path).size) != len(data):
-                fs.delete_file(path)
-                raise OSError(f"{size} bytes arrived of {len(data)}")
+            _write_object(fs, path, data)
     except OSError as error:
-        raise OSError(error.errno, f"{uri}: could not be written ({error.strerror or error}); make room or mend the access, "
-                                   "and run the same command again") from error
+        raise OSError(f"{uri}: could not be written ({error.strerror or error}); make room or mend the access, and run the "
+                      "same command again") from error
+
+
+def _write_object(fs: pafs.FileSystem, path: str, data: bytes) -> None:
+    try:
+        with fs.open_output_stream(path) as stream:
+            stream.write(data)
+    finally:
+        # A stream that is closed after a failed write may have completed an upload that lacks its end.
+        info = fs.get_file_info(path)
+        if info.is_file and info.size != len(data):
+            fs.delete_file(path)
+            raise OSError(f"{info.size} bytes arrived of {len(data)}")
 
 
 def _write_local(path: str, data: bytes) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.tmp-{os.getpid()}"
+    temporary = f"{path}.tmp-{uuid.uuid4().hex}"  # a process id is not unique among hosts that share a disk
     try:
         Path(temporary).write_bytes(data)
         os.replace(temporary, path)
@@ -129,6 +137,14 @@ def remove(uri: str) -> None:
         fs.delete_dir(path)
     elif kind == pafs.FileType.File:
         fs.delete_file(path)
+
+
+def sweep(uri: str) -> None:
+    """Remove what writers that were killed left half-written in a folder. For its one owner."""
+    if is_local(uri):
+        for path in Path(resolve(uri)[1]).glob("*.tmp-*"):
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def sha256(data: bytes) -> str:

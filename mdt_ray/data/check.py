@@ -55,7 +55,9 @@ def find_problems(folder: str, manifest: Manifest) -> list[Problem]:
     if twice:
         problems.append(Problem(latents.MANIFEST, f"{len(twice)} ids occur twice, such as {twice[0]!r}"))
     num_rejected = len(latents.read_rejected(folder))
-    if num_rejected != manifest.num_rejected:
+    if latents.REJECTED not in sizes:
+        problems.append(Problem(latents.REJECTED, "missing", damaged=True))
+    elif num_rejected != manifest.num_rejected:
         problems.append(Problem(latents.REJECTED, f"lists {num_rejected} images, the manifest {manifest.num_rejected}"))
     return problems
 

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mdt_ray import storage
 
 READ_THREADS = 16
 """Pictures of a folder that are fetched at the same time: an object store answers each after tens of milliseconds."""
+DENSE_BYTES = 2**20
 STREAM_BYTES = 8 * 2**20
-"""Read at once from a Parquet column, whose row groups may be larger than memory."""
+"""Read at once from a Parquet column, whose row groups may be larger than memory. Decoded is a page at a time, of at most
+1,024 rows where pyarrow wrote it."""
 RETRY_SECONDS = (1.0, 5.0)
 """Waits before a failed read is tried again."""
 
@@ -32,6 +35,11 @@ class Piece:
     """Binary; null where the source has no bytes."""
     seconds: float
     """That reading took."""
+
+    def singly(self) -> Iterator["Piece"]:
+        """Pieces of one image each."""
+        for i, (image_id, label) in enumerate(zip(self.ids, self.labels, strict=True)):
+            yield Piece([image_id], [label], self.data[i:i + 1], 0.0)
 
 
 def read_pieces(folder: str, kind: str, rows: pa.Table, piece_size: int) -> Iterator[Piece]:
@@ -66,7 +74,7 @@ def _read_pictures(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.
         names = rows["file"].to_pylist()
         for start in range(0, len(names), piece_size):
             part = names[start:start + piece_size]
-            yield pa.array(pool.map(lambda n: _persist(n, folder, lambda: read(n)), part), pa.binary())
+            yield pa.array(pool.map(lambda n: _persist(n, folder, lambda: read(n)), part), pa.large_binary())
 
 
 def _read_tars(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
@@ -76,17 +84,22 @@ def _read_tars(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Arra
         files = part["file"].to_numpy(zero_copy_only=False)
         pieces = []
         for run in np.split(np.arange(len(files)), np.flatnonzero(files[1:] != files[:-1]) + 1):  # a piece may span tars
-            first, last = offsets[run].min(), (offsets + sizes)[run].max()
+            name, low, ends = files[run[0]], offsets[run], (offsets + sizes)[run]
+            if ends.max() - low.min() <= 2 * sizes[run].sum() + DENSE_BYTES:  # neighbours: all in one read
+                spans = [(int(low.min()), int(ends.max()))]
+            else:
+                spans = [(int(a), int(b)) for a, b in zip(low, ends, strict=True)]
+            fs, path = storage.resolve_below(folder, name)
 
-            def read(name: str = files[run[0]], first: int = first, last: int = last) -> bytes:
-                fs, path = storage.resolve_below(folder, name)
+            def read(first: int, last: int, fs: pafs.FileSystem = fs, path: str = path) -> bytes:
                 with fs.open_input_file(path) as handle:
-                    return handle.read_at(int(last - first), int(first))
+                    return handle.read_at(last - first, first)
 
-            span = _persist(files[run[0]], folder, read)
-            pieces += [span[offset - first:offset - first + size]
-                       for offset, size in zip(offsets[run], sizes[run], strict=True)]
-        yield pa.array(pieces, pa.binary())
+            data = {first: _persist(name, folder, lambda a=first, b=last, read=read: read(a, b)) for first, last in spans}
+            for offset, size in zip(low, sizes[run], strict=True):
+                first = offset if int(offset) in data else spans[0][0]
+                pieces.append(data[int(first)][offset - first:offset - first + size])
+        yield pa.array(pieces, pa.large_binary())
 
 
 def _read_parquet(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
@@ -104,7 +117,7 @@ def _read_parquet(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.A
 
 def _compact(array: pa.Array) -> pa.Array:
     """A copy that holds on to no larger buffer (one that is pickled goes with the whole of it)."""
-    return pa.array(array.to_pylist(), pa.binary())
+    return pa.array(array.to_pylist(), pa.large_binary())
 
 
 def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array]:
@@ -117,7 +130,7 @@ def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array
         fs, path = storage.resolve_below(folder, files[run[0]])
         try:
             with fs.open_input_file(path) as handle:
-                yield from _row_range(pq.ParquetFile(handle, buffer_size=STREAM_BYTES), first, stop, size)
+                yield from _row_range(pq.ParquetFile(handle, buffer_size=STREAM_BYTES, pre_buffer=False), first, stop, size)
         except (OSError, ValueError) as error:
             raise ValueError(f"{storage.join(folder, files[run[0]])}: rows {first}..{stop} are not readable ({error}); copy "
                              "the file again") from error
@@ -133,7 +146,7 @@ def _row_range(file: pq.ParquetFile, first: int, stop: int, size: int) -> Iterat
         images = images.field("bytes") if pa.types.is_struct(images.type) else images
         low, high = max(first - at, 0), min(stop - at, len(images))
         if low < high:
-            yield images.slice(low, high - low).cast(pa.binary())
+            yield images.slice(low, high - low).cast(pa.large_binary())
         at += len(images)
         if at >= stop:
             return
@@ -150,6 +163,7 @@ def _persist(name: str, folder: str, read: Callable[[], bytes]) -> bytes:
             return read()
         except OSError as error:
             if isinstance(error, FileNotFoundError | PermissionError) or not waits:
-                raise ValueError(f"{storage.join(folder, name)}: cannot be read ({error}), but was there when the source "
-                                 "was listed; put it back, or use a new output folder") from error
+                remedy = "it was there when the source was listed: put it back, or use a new output folder" \
+                    if isinstance(error, FileNotFoundError) else "mend the access and run the same command again"
+                raise ValueError(f"{storage.join(folder, name)}: cannot be read ({error}); {remedy}") from error
         time.sleep(waits.pop(0))

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,9 @@ IMAGE_SUFFIXES = frozenset(["bmp", "gif", "jfif", "jpeg", "jpg", "pgm", "png", "
 LABEL_TABLES = ("labels.csv", "labels.parquet", "metadata.csv", "metadata.parquet")
 """Tables that give the labels of a folder of pictures, where it has no subfolder per class."""
 FILE_COLUMNS, LABEL_COLUMNS = ("file", "file_name", "filename", "path", "image", "id"), ("label", "class", "cls")
+SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test"])
 SCAN_THREADS = 16
+LARGE_ROW_GROUP = 20_000
 MAX_CLASSES = 2**20
 """A label beyond is no class number but a mistake: the model has a row of weights for each."""
 
@@ -52,6 +55,12 @@ class Source:
     """As FILES, sorted by name."""
     labels: str
     """The table of labels (URI), where there is one."""
+
+    @property
+    def place(self) -> str:
+        """The folder, whichever way its URI is written."""
+        fs, path = storage.resolve(self.folder)
+        return f"{fs.type_name}:{path.rstrip('/')}"
 
     @property
     def fingerprint(self) -> str:
@@ -90,7 +99,8 @@ def open_source(uri: str, labels: str = "") -> Source:
     for name in sorted(infos.keys() - tables.keys()):
         suffix = name.rpartition(".")[2].lower()
         kind = "pictures" if suffix in IMAGE_SUFFIXES else suffix
-        if name.rpartition("/")[2].startswith(".") or storage.join(folder, name) == labels:
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+        if hidden or storage.join(folder, name) == labels:
             continue
         if kind in kinds:
             kinds[kind].append(name)
@@ -109,11 +119,12 @@ def open_source(uri: str, labels: str = "") -> Source:
     names = kinds[found[0]]
     if labels and found[0] != "pictures":
         raise ValueError(f"labels = {labels!r}: the source's {found[0]} files carry their own labels; leave it out")
-    if found[0] == "pictures" and not labels and not any("/" in name for name in names):
-        if len(tables) != 1:
+    if found[0] == "pictures" and not labels:
+        if len(tables) == 1:
+            labels = next(iter(tables.values()))
+        elif tables or not any("/" in name for name in names):
             raise ValueError(f"source = {uri!r}: its pictures have no labels; give each class a subfolder, or name a table "
                              f"with columns file and label by --labels (found: {', '.join(tables) or 'none'})")
-        labels = next(iter(tables.values()))
     times = [0 if embedded else infos[n].mtime_ns or 0 for n in names]  # an installation gives our own file a new time
     files = pa.table([names, [infos[n].size for n in names], times], schema=FILES)
     return Source(folder=folder, kind=found[0], files=files, labels=labels)
@@ -129,16 +140,23 @@ def _files_below(uri: str) -> tuple[str, dict[str, pafs.FileInfo]]:
         if info.type == pafs.FileType.File:
             return storage.parent(uri), {info.base_name: info}
         infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
-    except OSError as error:
+        root = path.rstrip("/") + "/"
+        found = {i.path.removeprefix(root): i for i in infos if i.type == pafs.FileType.File}
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"source = {uri!r}: cannot be listed ({error})") from error
-    root = path.rstrip("/") + "/"
-    return uri, {i.path.removeprefix(root): i for i in infos if i.type == pafs.FileType.File}
+    if isinstance(fs, pafs.LocalFileSystem):  # whose listing passes over links that lead nowhere
+        for folder, _, names in os.walk(path, followlinks=True):
+            for name in names:
+                if os.path.join(folder, name).removeprefix(root) not in found:
+                    raise ValueError(f"source = {uri!r}: {os.path.join(folder, name)!r} is a link that leads nowhere, or no "
+                                     "file; mend or remove it")
+    return uri, found
 
 
 def write_files(uri: str, source: Source) -> None:
     """Keep the source's files as they are now, for `changes`."""
     buffer = io.BytesIO()
-    pq.write_table(source.files.replace_schema_metadata({"mdt_ray.folder": source.folder}), buffer, compression="zstd")
+    pq.write_table(source.files.replace_schema_metadata({"mdt_ray.place": source.place}), buffer, compression="zstd")
     storage.write_bytes(uri, buffer.getvalue())
 
 
@@ -149,7 +167,7 @@ def read_files(uri: str) -> pa.Table:
 
 def changes(begun: pa.Table, source: Source) -> list[str]:
     """One line per file that was added, removed or changed; times count only where the source has not moved."""
-    same_place = begun.schema.metadata[b"mdt_ray.folder"].decode() == source.folder
+    same_place = begun.schema.metadata[b"mdt_ray.place"].decode() == source.place
     before, after = ({name: (size, time) for name, size, time in zip(*(t[c].to_pylist() for c in FILES.names), strict=True)}
                      for t in (begun, source.files))
     lines = [f"{name}: removed" for name in before.keys() - after.keys()]
@@ -184,7 +202,8 @@ def list_images(source: Source) -> Listing:
         name = twice[0]["values"].as_py()
         where = table.filter(pc.equal(table["id"], name))["file"].to_pylist()[:2]
         raise ValueError(f"source = {source.folder!r}: {len(twice)} ids occur twice, such as {name!r} "
-                         f"(in {' and '.join(where)}); rename or remove the second")
+                         f"(in {' and '.join(where)}); rename or remove the second (Parquet: or write null for image.path, "
+                         "and images are named by file and row)")
     return Listing(table=table, class_names=names)
 
 
@@ -201,6 +220,10 @@ def _list_pictures(source: Source) -> Rows:
     if beside:
         raise ValueError(f"source = {source.folder!r}: {len(beside)} pictures lie beside the class folders, such as "
                          f"{beside[0]!r}; move them into the folder of their class")
+    classes = {name.partition("/")[0] for name in names}
+    if classes <= SPLITS:
+        raise ValueError(f"source = {source.folder!r}: its folders are {', '.join(sorted(classes))}, not classes; name "
+                         "one of them as the source")
     return names, [name.partition("/")[0] for name in names], places
 
 
@@ -215,8 +238,9 @@ def _labels_from_table(source: Source, names: list[str]) -> list[Any]:
         raise ValueError(f"labels = {source.labels!r}: not a readable CSV or Parquet table ({error})") from error
     columns = [next((c for c in wanted if c in table.column_names), None) for wanted in (FILE_COLUMNS, LABEL_COLUMNS)]
     if None in columns:
-        raise ValueError(f"labels = {source.labels!r}: has columns {', '.join(table.column_names)}; needs file and label")
-    files = table[columns[0]].cast(pa.string()).to_pylist()
+        raise ValueError(f"labels = {source.labels!r}: has columns {', '.join(table.column_names)}; needs file and label, "
+                         "separated by commas")
+    files = [name.removeprefix("./") for name in table[columns[0]].cast(pa.string()).to_pylist()]
     labels = dict(zip(files, table[columns[1]].to_pylist(), strict=True))
     if len(labels) < len(files):
         twice = next(name for name, n in Counter(files).items() if n > 1)
@@ -252,7 +276,12 @@ def _parquet_columns(folder: str, name: str) -> pa.Table:
     has_path = pa.types.is_struct(image) and image.get_field_index("path") >= 0
     fs, path = storage.resolve_below(folder, name)
     with fs.open_input_file(path) as handle:
-        table = pq.ParquetFile(handle).read(columns=["label"] + ["image.path"] * has_path)
+        file = pq.ParquetFile(handle)
+        largest = max((file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)), default=0)
+        if largest > LARGE_ROW_GROUP:
+            logger.warning("%s has row groups of %d rows; each is read from its start for every chunk in it. Written with "
+                           "row groups of some hundred rows it would be read once", name, largest)
+        table = file.read(columns=["label"] + ["image.path"] * has_path)
     paths = pc.struct_field(table["image"], "path") if has_path else pa.nulls(table.num_rows, pa.string())
     return pa.table({"path": paths, "label": table["label"]})
 

@@ -34,16 +34,21 @@ def scan(folder: str, name: str, image_suffixes: frozenset[str]) -> list[Sample]
     try:
         with fs.open_input_file(path) as handle:
             length, end = handle.size(), 0
-            with tarfile.open(fileobj=io.BufferedReader(handle, 2**17), mode="r:") as tar:
+            reader = io.BufferedReader(handle, 2**17)
+            with tarfile.open(fileobj=reader, mode="r:") as tar:
                 for member in tar:
                     tar.members = []  # tarfile keeps every header otherwise
                     if member.isfile():
                         _note(samples, tar, member, image_suffixes)
                     end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if length < end + tarfile.BLOCKSIZE:  # the block of zeros that ends a tar
-                raise ValueError(f"{uri}: truncated ({length} bytes); copy it again")
+            # Zeros end a tar. tarfile ends as quietly where a header is damaged, or another tar is appended.
+            handle.seek(end)
+            rest = handle.read(2**24)
+            if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0") or end + len(rest) < length:
+                raise ValueError(f"{uri}: truncated, damaged, or several tars in one, at byte {end} of {length}; make it "
+                                 "again")
     except (OSError, tarfile.TarError) as error:  # pyarrow's errors too
-        raise ValueError(f"{uri}: not a readable tar ({error}); copy it again, uncompressed") from error
+        raise ValueError(f"{uri}: not a readable tar ({error}); make it again, uncompressed") from error
     for key, sample in samples.items():
         if "offset" not in sample:
             raise ValueError(f"{uri}: sample {key!r} has no picture")
@@ -56,8 +61,11 @@ def _note(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarf
     if name.startswith("."):
         return
     stem, _, suffix = name.partition(".")
-    sample = samples.setdefault(folder + slash + stem, {})
-    suffix = suffix.lower()
+    key, suffix = folder + slash + stem, suffix.lower()
+    sample = samples.setdefault(key, {})
+    if suffix in sample.setdefault("suffixes", set()):
+        raise tarfile.TarError(f"sample {key!r} occurs twice")
+    sample["suffixes"].add(suffix)
     if suffix in image_suffixes:  # key.jpg, but not key.mask.png
         sample.setdefault("offset", member.offset_data)
         sample.setdefault("size", member.size)
@@ -68,4 +76,4 @@ def _note(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarf
             values = json.loads(tar.extractfile(member).read())
         except ValueError as error:
             raise tarfile.TarError(f"{member.name!r} is no JSON: {error}") from error
-        sample["label"] = next((values[key] for key in JSON_LABELS if key in values), None)
+        sample["label"] = next((values[k] for k in JSON_LABELS if k in values), None) if isinstance(values, dict) else None

@@ -50,8 +50,7 @@ class Vae:
 
 def load_vae(config: VaeConfig, device: str | torch.device = "cpu") -> Vae:
     """Load by local path, hub id, or `digits`. Raises ValueError if there is no such autoencoder."""
-    model = _open(config, lambda path: AutoencoderKL.from_pretrained(path, revision=config.revision,
-                                                                     low_cpu_mem_usage=False))
+    model = _open(config, AutoencoderKL.from_pretrained, low_cpu_mem_usage=False)
     model = model.eval().requires_grad_(False).to(device)
     return Vae(model=model, scale=model.config.scaling_factor, shift=model.config.shift_factor or 0.0,
                weights_hash=_hash_weights(model))
@@ -64,14 +63,13 @@ def pin_revision(config: VaeConfig) -> VaeConfig:
     """
     if config.path == "digits" or Path(config.path).is_dir():
         return config
-    _, commit = _open(config, lambda path: AutoencoderKL.load_config(path, revision=config.revision,
-                                                                     return_commit_hash=True))
+    _, commit = _open(config, AutoencoderKL.load_config, return_commit_hash=True)
     return VaeConfig(path=config.path, revision=commit or config.revision)
 
 
 def vae_config(config: VaeConfig) -> dict:
     """The autoencoder's own settings, without its weights. Raises ValueError if there is no such autoencoder."""
-    return _open(config, lambda path: AutoencoderKL.load_config(path, revision=config.revision))
+    return _open(config, AutoencoderKL.load_config)
 
 
 def downscaling(settings: dict) -> int:
@@ -86,11 +84,14 @@ def check_image_size(config: VaeConfig, image_size: int) -> None:
             f"must be divisible by {factor}, the downscaling of vae.path = {config.path!r}")
 
 
-def _open(config: VaeConfig, load: Callable[[str], Any]) -> Any:
+def _open(config: VaeConfig, load: Callable[..., Any], **options: Any) -> Any:
+    path, subfolder = str(DIGITS / "vae") if config.path == "digits" else config.path, None
+    if not Path(path).is_dir() and path.count("/") == 2 and not path.startswith("/"):  # user/repository/subfolder
+        path, _, subfolder = path.rpartition("/")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers calls the hub's client so
-            return load(str(DIGITS / "vae") if config.path == "digits" else config.path)
+            return load(path, revision=config.revision, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"vae.path = {config.path!r}: no AutoencoderKL there ({str(error).splitlines()[0]}); give a local "
                          "folder, a hub id (with network), or 'digits'") from error

@@ -29,6 +29,17 @@ class Pixels:
     read_seconds: float
     decode_seconds: float
 
+    @classmethod
+    def of_rejected(cls, image_id: str, reason: str, image_size: int) -> "Pixels":
+        empty = np.empty((0, image_size, image_size, 3), np.uint8)
+        return cls([], [], empty, [{"id": image_id, "reason": reason}], 0.0, 0.0)
+
+    @classmethod
+    def joined(cls, parts: list["Pixels"]) -> "Pixels":
+        return cls([i for p in parts for i in p.ids], [y for p in parts for y in p.labels],
+                   np.concatenate([p.images for p in parts]), [r for p in parts for r in p.rejected],
+                   sum(p.read_seconds for p in parts), sum(p.decode_seconds for p in parts))
+
 
 @ray.remote(num_cpus=0, num_returns="streaming", _generator_backpressure_num_objects=PIECES_READ_AHEAD)
 def read_chunk(output: str, chunk: int, folder: str, kind: str, piece_size: int) -> Iterator[readers.Piece]:

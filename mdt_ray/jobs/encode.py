@@ -5,6 +5,7 @@ decode.py.
 """
 
 import json
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -20,10 +21,12 @@ from ray.exceptions import RayError, RayTaskError
 from mdt_ray import config_io, run_folder, storage
 from mdt_ray.config import PrecomputeConfig
 from mdt_ray.data import latents
+from mdt_ray.data.readers import Piece
 from mdt_ray.data.vae import load_vae, to_unit_range
 from mdt_ray.jobs import session
 from mdt_ray.jobs.decode import Pixels, decode_piece, read_chunk
 
+logger = logging.getLogger(__name__)
 PIECE_BYTES = 4 * 2**20
 """Pixels that a piece holds at least: tasks for less cost more than the work in them."""
 
@@ -41,11 +44,12 @@ def autocast_dtype(config: PrecomputeConfig) -> torch.dtype:
 class Encoder:
     """Turns chunks of the plan into files: the same chunk gives the same bytes. Called from two threads at a time."""
 
-    def __init__(self, plain: dict[str, Any], folder: str, kind: str, claim: str, mailbox: Any):
+    def __init__(self, plain: dict[str, Any], folder: str, kind: str, run_name: str, claim: str, mailbox: Any):
         self.config = config_io.from_dict(PrecomputeConfig, plain)
-        self.folder, self.kind, self.claim, self.mailbox = folder, kind, claim, mailbox
+        self.folder, self.kind, self.run_name, self.claim, self.mailbox = folder, kind, run_name, claim, mailbox
         self.device = session.settle(self.config.workers)
         torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
         self.vae = load_vae(self.config.vae, self.device)
         self.dtype = autocast_dtype(self.config)
         self.turn = threading.Lock()
@@ -75,29 +79,45 @@ class Encoder:
         """The chunk's pieces in order. Reading and decoding begin with the call, and stay a few pieces ahead."""
         config = self.config
         read = read_chunk.remote(config.output, chunk, self.folder, self.kind, piece_size(config))
-        ahead: deque[Any] = deque()
+        ahead: deque[tuple[Any, Any]] = deque()  # a piece, and its pixels to be
 
         def fill() -> None:
             while len(ahead) < config.decoders_per_worker:
                 try:
-                    ahead.append(decode_piece.remote(next(read), config.image_size, config.exif_rotation))
+                    piece = next(read)
                 except StopIteration:
                     break
+                ahead.append((piece, decode_piece.remote(piece, config.image_size, config.exif_rotation)))
 
         def pieces() -> Iterator[Pixels]:
             while ahead:
+                piece, pixels = ahead.popleft()
                 try:
-                    piece = ray.get(ahead.popleft())
+                    yield ray.get(pixels)
                 except RayTaskError:
                     raise  # what the task raised
                 except RayError as error:
-                    raise RuntimeError(f"chunk {chunk}: the process that read or decoded it died ({error}); run the same "
-                                       "command again") from error
-                yield piece
+                    logger.warning("chunk %d: a decoder died (%s); its pictures are tried one by one", chunk, error)
+                    yield from self._one_by_one(ray.get(piece))
                 fill()
 
         fill()
         return pieces()
+
+    def _one_by_one(self, piece: Piece) -> Iterator[Pixels]:
+        """The pixels of a piece one of whose pictures kills its decoder: that one is rejected, the others are kept.
+
+        They stay in one piece, so that their batches are those of an undisturbed run.
+        """
+        config, found = self.config, []
+        for part in piece.singly():
+            try:
+                found.append(ray.get(decode_piece.remote(part, config.image_size, config.exif_rotation)))
+            except RayTaskError:
+                raise
+            except RayError:
+                found.append(Pixels.of_rejected(part.ids[0], "its decoder died", config.image_size))
+        yield Pixels.joined(found)
 
     def _encode(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 (n, H, W, 3) -> float16 posterior mean and std (n, 1 or 2, 2, C, h, w): of the image, of its mirror image.
@@ -129,7 +149,7 @@ class Encoder:
         table = latents.encode_table(ids, labels, moments[:, 0], moments[:, 1] if config.flip else None,
                                      config.validation_share, facts)
         file = latents.write_file(config.output, f"chunk-{chunk:05d}.parquet", table, config.rows_per_group)
-        return {"file": asdict(file), "shape": facts["shape"], "vae": vae,
+        return {"run": self.run_name, "file": asdict(file), "shape": facts["shape"], "vae": vae,
                 "class_counts": Counter(labels), "sums": latents.sums(moments[:, 0])}
 
 

@@ -8,6 +8,7 @@
     manifest.json         written last
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from mdt_ray import config_io, run_folder, storage
-from mdt_ray.config import PrecomputeConfig
+from mdt_ray.config import PrecomputeConfig, VaeConfig
 from mdt_ray.data import latents, sources
 from mdt_ray.data.latents import LatentFile, Manifest
 from mdt_ray.data.sources import Listing, Source
@@ -43,7 +44,9 @@ def precompute(config: PrecomputeConfig) -> Manifest:
     refuse_changes(config.output, source)
     run_folder.check_identity(config.output, run)
     try:
-        return latents.open_manifest(config.output)
+        manifest = latents.open_manifest(config.output)
+        if storage.exists(storage.join(config.output, latents.REJECTED)):
+            return manifest
     except ValueError:
         pass  # not finished, or damaged: go on below
     plan = storage.join(config.output, PLAN)
@@ -52,8 +55,11 @@ def precompute(config: PrecomputeConfig) -> Manifest:
         if listing:
             logger.info("%d images of %d classes in %d files", listing.table.num_rows, len(listing.class_names),
                         source.files.num_rows)
-            sources.write_files(storage.join(config.output, SOURCE), source)
             sources.write_parts(plan, listing, cut(listing, source.kind, config.chunk_size))
+        if not storage.exists(storage.join(config.output, SOURCE)):
+            sources.write_files(storage.join(config.output, SOURCE), source)
+        for folder in (config.output, storage.join(config.output, "chunks")):
+            storage.sweep(folder)
         _, sizes, names = sources.read_parts(plan, [])
         return _encode_missing(config, source, run, claim, sizes, names)
 
@@ -72,10 +78,20 @@ def prepare(config: PrecomputeConfig) -> tuple[PrecomputeConfig, Source, dict]:
                          "elsewhere")
     source = sources.open_source(config.source, config.labels)
     check_image_size(config.vae, config.image_size)
-    vae = pin_revision(config.vae)
+    vae = pin_revision(_begun_with(config) or config.vae)
+    config = dataclasses.replace(config, vae=vae)
     run = run_folder.describe("precompute", config, {
         "source": source.fingerprint, "vae": vae_fingerprint(vae), "schema_version": latents.SCHEMA_VERSION})
-    return config_io.override(config, {"vae": config_io.to_dict(vae)}), source, run
+    return config, source, run
+
+
+def _begun_with(config: PrecomputeConfig) -> VaeConfig | None:
+    """The autoencoder that a run here pinned, where the settings name no revision: the hub may have a newer one since."""
+    uri = storage.join(config.output, "run.json")
+    if config.vae.revision or not storage.exists(uri):
+        return None
+    held = storage.read_json(uri)["config"].get("vae", {})
+    return VaeConfig(**held) if held.get("path") == config.vae.path else None
 
 
 def refuse_changes(output: str, source: Source) -> None:
@@ -105,15 +121,16 @@ def cut(listing: Listing, kind: str, chunk_size: int) -> list[np.ndarray]:
 def _encode_missing(config: PrecomputeConfig, source: Source, run: dict, claim: str, sizes: list[int],
                     names: list[str]) -> Manifest:
     started = time.perf_counter()
-    entries = finished_entries(config.output, len(sizes))
+    entries = finished_entries(config.output, run["name"], len(sizes))
     seconds: Counter[str] = Counter()
     missing = [chunk for chunk in range(len(sizes)) if chunk not in entries]
     with progress.bar(sum(sizes), "image", "precompute", initial=sum(sizes[k] for k in entries)) as bar:
         if missing:
             session.start()
+            session.require_spare_cpu(config.workers)
             _refuse_rejected(config, entries, sum(sizes))
             with progress.watched(progress.Parts(bar, sizes, entries).show) as mailbox:
-                arguments = (config_io.to_dict(config), source.folder, source.kind, claim, mailbox)
+                arguments = (config_io.to_dict(config), source.folder, source.kind, run["name"], claim, mailbox)
                 for row in fanout.run_chunks([{"chunk": k} for k in missing], Encoder, arguments, config.workers,
                                              calls_per_worker=CALLS_PER_ENCODER):
                     entries[row["chunk"]] = json.loads(row["entry"])
@@ -126,8 +143,8 @@ def _encode_missing(config: PrecomputeConfig, source: Source, run: dict, claim: 
     return latents.open_manifest(config.output)
 
 
-def finished_entries(output: str, count: int) -> dict[int, dict]:
-    """What each finished chunk holds; those whose file is missing or of another size are left out."""
+def finished_entries(output: str, run_name: str, count: int) -> dict[int, dict]:
+    """What each finished chunk holds; those of another run, or whose file is missing or of another size, are left out."""
     sizes = storage.list_sizes(output)
     written = {int(name.removesuffix(".json")) for name in storage.list_names(storage.join(output, "chunks"))
                if name.removesuffix(".json").isdecimal()}
@@ -135,8 +152,8 @@ def finished_entries(output: str, count: int) -> dict[int, dict]:
     def read(chunk: int) -> dict | None:
         try:
             entry = storage.read_json(entry_uri(output, chunk))
-            return None if latents.damage_of(LatentFile(**entry["file"]), sizes) else entry
-        except (FileNotFoundError, ValueError):
+            return entry if entry["run"] == run_name and not latents.damage_of(LatentFile(**entry["file"]), sizes) else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing, damaged, of another version
             return None
 
     with ThreadPoolExecutor(16) as pool:

@@ -40,10 +40,25 @@ def start() -> None:
         atexit.register(ray.shutdown)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = 600
+    context.execution_no_progress_timeout_s = -1  # it counts finished chunks only, and one may take an hour
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
+
+
+def require_spare_cpu(workers: WorkersConfig) -> None:
+    """Raise ValueError where the workers take every CPU of this machine's Ray and leave none to the tasks that feed them;
+    a cluster may grow, so there it is a warning."""
+    have = ray.cluster_resources().get("CPU", 0)
+    taken = 0 if workers.gpus_per_worker else workers.num_workers * workers.cpus_per_worker
+    if taken + 1 <= have:
+        return
+    text = (f"workers.num_workers = {workers.num_workers}: with {workers.cpus_per_worker:g} CPUs each they take all of the "
+            f"{have:g} that Ray has, and reading and decoding needs at least one")
+    if os.environ.get("RAY_ADDRESS"):
+        logger.warning("%s; waiting for more nodes", text)
+    else:
+        raise ValueError(f"{text}; use fewer")
 
 
 def settle(workers: WorkersConfig) -> str:

@@ -30,14 +30,14 @@ def write_folder(root: Path, rows: list[tuple[str, bytes]]) -> Path:
 
 
 def write_parquet(path: Path, rows: list[tuple[bytes, object]], metadata: dict | None = None, named: bool = True,
-                  row_group_size: int = 3) -> Path:
+                  row_group_size: int = 3, **options) -> Path:
     """As Hugging Face's ImageNet: image (struct of bytes, path) and label."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({
         "image": pa.array([{"bytes": data, "path": f"{path.stem}-{i}.png" if named else None}
                            for i, (data, _) in enumerate(rows)], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         "label": pa.array([label for _, label in rows])})
-    pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=row_group_size)
+    pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=row_group_size, **options)
     return path
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -197,6 +198,11 @@ def test_a_source_may_move(tmp_path):
     for path in (tmp_path / "moved").rglob("*.JPEG"):
         os.utime(path, ns=(5, 5))
     assert moved.fingerprint == before.fingerprint
+    same = sources.open_source(f"{tmp_path}/source/")
+    os.utime(tmp_path / "source" / "n01" / "n01_1.JPEG", ns=(5, 5))
+    again = sources.open_source(f"{tmp_path}/source/")
+    assert same.place == before.place
+    assert sources.changes(sources.read_files(str(tmp_path / "kept.parquet")), again) == ["n01/n01_1.JPEG: modified since"]
     assert sources.changes(sources.read_files(str(tmp_path / "kept.parquet")), moved) == []
 
 
@@ -286,9 +292,73 @@ def test_damaged_files_are_named(tmp_path):
     path = tars(tmp_path / "t") / "train-4.tar"
     data = path.read_bytes()
     path.write_bytes(data[:3000])
-    refused(tmp_path / "t", r"train-4.tar: truncated \(3000 bytes\)")
+    refused(tmp_path / "t", r"train-4.tar: truncated, damaged, or several tars in one, at byte 2560 of 3000")
     path.write_bytes(b"\1" * 5000)
     refused(tmp_path / "t", r"train-4.tar: not a readable tar")
+
+
+def test_no_image_of_a_damaged_or_joined_tar_is_lost_silently(tmp_path):
+    """tarfile itself ends without a word where a header is damaged or another tar begins."""
+    members = [m for i in range(6) for m in sample(f"{i}", b"x" * 700, i)]
+    path = write_tar(tmp_path / "t" / "a.tar", members)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    place = whole.index(b"4.jpg")
+    damaged[place:place + 100] = b"\7" * 100
+    path.write_bytes(damaged)
+    refused(tmp_path / "t", r"a.tar: truncated, damaged, or several tars in one")
+    path.write_bytes(whole + whole)
+    refused(tmp_path / "t", r"a.tar: truncated, damaged, or several tars in one")
+    write_tar(path, [*sample("1", b"x", 0), *sample("2", b"x", 0), *sample("1", b"y", 1)])
+    refused(tmp_path / "t", r"a.tar: not a readable tar \(sample '1' occurs twice\)")
+
+
+def test_a_large_row_group_is_read_in_parts_and_warned_of(tmp_path, monkeypatch, caplog):
+    """Memory holds a few megabytes of it, whatever its size."""
+    rows = [(np.random.default_rng(i).bytes(1_000_000), 0) for i in range(64)]
+    path = write_parquet(tmp_path / "s.parquet", rows, row_group_size=1000, write_batch_size=2, use_dictionary=False)
+    source = sources.open_source(str(path))
+    monkeypatch.setattr(sources, "LARGE_ROW_GROUP", 50)
+    table = sources.list_images(source).table
+    assert "s.parquet has row groups of 64 rows" in caplog.text
+    before = pa.total_allocated_bytes()
+    pieces = readers.read_pieces(source.folder, source.kind, table, 4)
+    assert [len(d) for d in next(pieces).data.to_pylist()] == [1_000_000] * 4
+    assert pa.total_allocated_bytes() - before < 40_000_000
+
+
+def test_sparse_rows_of_a_tar_do_not_read_all_of_it(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    data = [rng.bytes(300_000) for _ in range(30)]
+    path = write_tar(tmp_path / "a.tar", [m for i in range(30) for m in sample(f"{i:02d}", data[i], 0)])
+    source = sources.open_source(str(path))
+    table = sources.list_images(source).table
+    read, limit = [], pa.total_allocated_bytes() + 3_000_000
+    for piece in readers.read_pieces(source.folder, source.kind, table.take([0, 29]), 2):
+        read += piece.data.to_pylist()
+        assert pa.total_allocated_bytes() < limit
+    assert read == [data[0], data[29]]
+
+
+def test_a_table_of_labels_beside_a_folder_of_pictures(tmp_path):
+    """As Hugging Face's imagefolder has it."""
+    write_folder(tmp_path, [(f"images/{i}.jpg", data) for i, data in enumerate(PICTURES)])
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + "\n".join(
+        f"./images/{i}.jpg,{c}" for i, c in enumerate(CLASSES)))
+    listing = sources.list_images(sources.open_source(str(tmp_path)))
+    assert listing.class_names == ["n01", "n02", "n03"]
+
+
+def test_what_is_no_class_folder_makes_no_class(tmp_path):
+    write_folder(imagenet(tmp_path / "source"), [(".ipynb_checkpoints/x.png", PICTURES[0]), ("__MACOSX/y.png", PICTURES[0])])
+    assert sources.list_images(sources.open_source(str(tmp_path / "source"))).class_names == ["n01", "n02", "n03"]
+    write_folder(tmp_path / "parent", [("train/n01/x.png", PICTURES[0]), ("val/n01/y.png", PICTURES[0])])
+    refused(tmp_path / "parent", r"its folders are train, val, not classes; name one of them as the source")
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    (imagenet(tmp_path) / "n01" / "lost.JPEG").symlink_to(tmp_path / "nowhere")
+    refused(tmp_path, r"n01/lost.JPEG' is a link that leads nowhere")
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):

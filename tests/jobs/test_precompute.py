@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -108,7 +109,7 @@ def encode_here(config: PrecomputeConfig) -> dict:
     """One chunk by the real tasks and the real encoder, in this process."""
     config, source, _ = prepare(config)
     rows = sources.list_images(source).table
-    encoder = encode.Encoder(config_io.to_dict(config), source.folder, source.kind, "", None)
+    encoder = encode.Encoder(config_io.to_dict(config), source.folder, source.kind, "run", "", None)
     pieces = readers.read_pieces(source.folder, source.kind, rows, encode.piece_size(config))
     decoded = [decode.decode(piece, config.image_size, config.exif_rotation) for piece in pieces]
     return {"moments": np.concatenate([encoder._encode(piece.images) for piece in decoded])}
@@ -170,6 +171,86 @@ def test_no_readable_image_is_refused(tmp_path, ray_session):
         precompute(encoding(tmp_path / "s.parquet", tmp_path / "out", max_rejected=1.0))
 
 
+class _Killed:
+    """Stands for a picture whose bytes crash the decoder: a real death of a real process."""
+
+    PICTURE = b"this one kills"
+
+    @staticmethod
+    def task():
+        import ray
+
+        @ray.remote(num_cpus=1, max_retries=1)
+        def decode_or_die(piece, image_size, exif_rotation):
+            if any(data.as_py() == b"this one kills" for data in piece.data):
+                os._exit(1)
+            return decode.decode(piece, image_size, exif_rotation)
+
+        return decode_or_die
+
+
+def test_a_picture_that_kills_its_decoder_is_rejected_alone(tmp_path, ray_session, monkeypatch):
+    write_parquet(tmp_path / "s.parquet", [(_Killed.PICTURE if i == 2 else encoded(seed=i), 0) for i in range(8)])
+    config, source, run = prepare(encoding(tmp_path / "s.parquet", tmp_path / "out", chunk_size=8))
+    listing = sources.list_images(source)
+    sources.write_parts(str(tmp_path / "out" / decode.PLAN), listing, cut(listing, source.kind, 8))
+    monkeypatch.setattr(encode, "decode_piece", _Killed.task())
+    encoder = encode.Encoder(config_io.to_dict(config), source.folder, source.kind, run["name"], "", None)
+    pieces = list(encoder._decoded(0))
+    assert len(pieces) == 1
+    assert pieces[0].rejected == [{"id": "s-2.png", "reason": "its decoder died"}]
+    assert pieces[0].ids == [f"s-{i}.png" for i in (0, 1, 3, 4, 5, 6, 7)]
+    assert len(pieces[0].images) == 7
+
+
+def test_a_lost_mailbox_costs_nothing(ray_session):
+    import ray
+
+    from mdt_ray.jobs import progress
+
+    rows = []
+    with progress.watched(rows.append, interval_s=0.05) as mailbox:
+        ray.get(mailbox.put.remote({"chunk": 0, "num_read": 1}, 0))
+        while not rows:
+            pass
+        ray.kill(mailbox)
+    assert rows == [{"chunk": 0, "num_read": 1}]
+
+
+def test_workers_that_leave_no_cpu_are_refused(tmp_path, ray_session):
+    with pytest.raises(ValueError, match=r"workers.num_workers = 99: with 1 CPUs each they take all of the"):
+        precompute(encoding(parquet(tmp_path / "source"), tmp_path / "out", **{"workers.num_workers": 99}))
+    assert ray_session.data.DataContext.get_current().execution_no_progress_timeout_s == -1, "a chunk may take an hour"
+
+
+def test_the_job_says_what_it_did(tmp_path, ray_session, caplog):
+    caplog.set_level("INFO")
+    precompute(encoding(parquet(tmp_path / "source"), tmp_path / "out"))
+    for pattern in (r"12 images of 3 classes in 1 files", r"12 latents in 3 files, 0.0 MB; 0 images rejected",
+                    r"latents per channel: mean( -?\d+\.\d{3}){4}, std( \d+\.\d{3}){4}",
+                    r"images/s in .* work: reading \d+%, decoding \d+%, encoding \d+%, writing \d+%; encoders waited \d+%"):
+        assert re.search(pattern, caplog.text), pattern
+
+
+# The autoencoder
+
+
+def hub_of(tmp_path, monkeypatch, commit: str) -> None:
+    """A hub's cache with the digits' autoencoder as user/pictures, in its subfolder vae."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--user--pictures"
+    folder = repository / "snapshots" / commit / "vae"
+    folder.mkdir(parents=True)
+    for file in (sources.DIGITS / "vae").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("diffusers.models.modeling_utils.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+
+
 # Again
 
 
@@ -189,9 +270,26 @@ def test_a_finished_precompute_does_nothing_and_a_damaged_file_is_rebuilt(tmp_pa
     after = times()
     changed = [os.path.basename(p) for p in before if before[p] != after[p] and p.endswith("parquet")]
     assert sorted(changed) == ["chunk-00001.parquet", "rejected.parquet"]
-    (tmp_path / "out" / "manifest.json").unlink()
-    path.unlink()
+    for name in ("manifest.json", path.name, "rejected.parquet", "source.parquet"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "chunk-00000.parquet.tmp-1234").write_bytes(b"left by a kill")
     assert precompute(config) == first
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {os.path.basename(p) for p in before if "/chunks/" not in p} | {
+        "chunks"}
+    (tmp_path / "out" / "rejected.parquet").unlink()
+    assert precompute(config) == first
+    assert (tmp_path / "out" / "rejected.parquet").exists()
+
+
+def test_chunks_of_another_run_are_not_taken_over(tmp_path, ray_session):
+    """Even where somebody deleted what says whose they are."""
+    root = folders(tmp_path / "source")
+    precompute(encoding(root, tmp_path / "out"))
+    for name in ("run.json", "manifest.json"):
+        (tmp_path / "out" / name).unlink()
+    found = precompute(encoding(root, tmp_path / "out", precision="bf16"))
+    fresh = precompute(encoding(root, tmp_path / "fresh", precision="bf16"))
+    assert [f.sha256 for f in found.files] == [f.sha256 for f in fresh.files]
 
 
 def test_a_changed_source_or_setting_is_refused(tmp_path, ray_session):
@@ -225,7 +323,7 @@ def test_bad_settings_are_refused_before_ray_starts(tmp_path):
 
 def test_latents_that_are_not_finite_are_refused(tmp_path):
     config = encoding(parquet(tmp_path / "source"), tmp_path / "out")
-    encoder = encode.Encoder(config_io.to_dict(config), "", "parquet", "", None)
+    encoder = encode.Encoder(config_io.to_dict(config), "", "parquet", "run", "", None)
     moments = np.zeros((3, 1, 2, 4, 4, 4), np.float16)
     moments[1, 0, 0, 0, 0, 0] = np.inf
     with pytest.raises(ValueError, match=r"image 'b': its latent is not finite in fp32; use --precision fp32"):
@@ -234,7 +332,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
 
 def test_an_encoder_whose_run_was_taken_over_writes_nothing(tmp_path):
     config = encoding(parquet(tmp_path / "source"), tmp_path / "out")
-    encoder = encode.Encoder(config_io.to_dict(config), "", "parquet", "mine", None)
+    encoder = encode.Encoder(config_io.to_dict(config), "", "parquet", "run", "mine", None)
     storage.write_json(str(tmp_path / "out" / "lock.json"), {"token": "another's"})
     with pytest.raises(RuntimeError, match="another run has taken over"):
         encoder._write(0, ["a"], [0], np.zeros((1, 1, 2, 4, 4, 4), np.float16))
