@@ -30,7 +30,8 @@ def main(source: str, output: str) -> dict:
         port = probe.getsockname()[1]
     cluster = Cluster(initialize_head=True, head_node_args={
         "num_cpus": 1, "object_store_memory": store, "include_dashboard": True, "dashboard_port": port})
-    ray.init(address=cluster.address, log_to_driver=False)
+    os.environ["RAY_ADDRESS"] = cluster.address  # a cluster, which may grow
+    ray.init(log_to_driver=False)
     head = ray.get_runtime_context().get_node_id()
     chunks = Path(output) / "chunks"
     failure: list[BaseException] = []

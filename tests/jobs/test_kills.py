@@ -75,18 +75,23 @@ def test_precompute_survives_a_killed_process(folder, pictures, environment, vic
     assert harness.leftovers(killed) == []
 
 
-def test_precompute_goes_on_after_a_killed_driver(folder, environment):
-    command = ["precompute", "digits", "--output", f"{folder}/killed-driver", "--chunk-size", "32",
-               "--workers.num-workers", "1"]
-    harness.run_here([*command, "--output", f"{folder}/straight-driver"])
+def test_precompute_goes_on_after_a_driver_is_killed_again_and_again(folder, pictures, environment):
     killed = folder / "killed-driver"
-    code = harness.run_and_kill(command, environment, when=lambda: len(list(killed.glob("chunks/*.json"))) >= 5)
-    assert code == -9
-    assert not (killed / "manifest.json").exists()
-    finished = {p: p.stat().st_mtime_ns for p in killed.glob("chunks/*.json")}
+    command = ["precompute", "digits", "--source", pictures, "--output", str(killed), "--chunk-size", "15",
+               "--encode-batch-size", "8", "--workers.num-workers", "1", "--flip"]
+    finished = {}
+    for moment in ("run.json", "plan.parquet", "chunks/*[3-9].json"):
+        code = harness.run_and_kill(command, environment, when=lambda moment=moment: any(killed.glob(moment)))
+        assert code == -9
+        assert not (killed / "manifest.json").exists()
+        assert {p: p.stat().st_mtime_ns for p in finished} == finished
+        finished = {p: p.stat().st_mtime_ns for p in killed.glob("chunks/*.json")}
+    assert finished
     harness.run(command, environment)
     assert {p: p.stat().st_mtime_ns for p in finished} == finished, "finished chunks are not encoded again"
-    assert harness.files(killed, "*.parquet") == harness.files(folder / "straight-driver", "*.parquet")
+    expected, found = (harness.files(path, "**/*") for path in (folder / "straight", killed))
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if name != "run.json" and found[name] != expected[name]] == []
     assert harness.leftovers(killed) == []
 
 

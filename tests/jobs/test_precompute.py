@@ -232,25 +232,6 @@ def test_the_job_says_what_it_did(tmp_path, ray_session, caplog):
         assert re.search(pattern, caplog.text), pattern
 
 
-# The autoencoder
-
-
-def hub_of(tmp_path, monkeypatch, commit: str) -> None:
-    """A hub's cache with the digits' autoencoder as user/pictures, in its subfolder vae."""
-    from huggingface_hub import constants
-
-    repository = tmp_path / "hub" / "models--user--pictures"
-    folder = repository / "snapshots" / commit / "vae"
-    folder.mkdir(parents=True)
-    for file in (sources.DIGITS / "vae").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("diffusers.models.modeling_utils.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
-
-
 # Again
 
 

@@ -34,7 +34,8 @@ def source(store, tmp_path_factory):
     """The same 40 pictures as a folder, as tars and as Parquet: in the store and on disk."""
     root = tmp_path_factory.mktemp("source")
     pictures = [encoded(seed=i, kind="jpeg") for i in range(40)]
-    write_folder(root / "folder", [(f"{'abcd'[i % 4]}/{i}.jpg", data) for i, data in enumerate(pictures)])
+    write_folder(root / "folder", [(f"{'abcd'[i % 4]}/{i}{' +%41#?é' if i == 7 else ''}.jpg", data)
+                                    for i, data in enumerate(pictures)])
     for tar in range(2):
         members = [m for i in range(tar * 20, tar * 20 + 20) for m in sample(f"{i}", pictures[i], i % 4)]
         write_tar(root / "tars" / f"{tar}.tar", members)
