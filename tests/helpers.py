@@ -26,6 +26,7 @@ def make_latents(folder: Path, num_images: int = 100, num_files: int = 2, side: 
                         vae={"path": "digits", "revision": None, "scale": 1.0, "shift": 0.0, "weights_hash": "none"},
                         class_counts=[num_images // num_classes] * num_classes,
                         class_names=[str(c) for c in range(num_classes)], files=files)
+    latents.write_rejected(str(folder), [])
     latents.write_manifest(str(folder), manifest)
     return manifest
 

@@ -39,7 +39,8 @@ def test_a_hub_id_is_pinned_to_its_commit_and_a_run_keeps_it(tmp_path):
     code = ("from mdt_ray.config import PrecomputeConfig, VaeConfig\nfrom mdt_ray.data.vae import load_vae\n"
             "from mdt_ray.jobs.precompute import prepare\nfrom mdt_ray import run_folder\n"
             "for revision in REVISIONS:\n"
-            f"    config, _, run = prepare(PrecomputeConfig(source='digits', output={str(tmp_path / 'out')!r}, image_size=32,\n"
+            "    config, _, run = prepare(PrecomputeConfig(source='digits', image_size=32,\n"
+            f"        output={str(tmp_path / 'out')!r},\n"
             "        vae=VaeConfig(path='user/pictures/vae', revision=revision)))\n"
             "    run_folder.record(config.output, run)\n"
             "    print(config.vae.revision, load_vae(config.vae).weights_hash, run['name'])")

@@ -56,7 +56,7 @@ def pictures(folder) -> str:
     return str(folder / "pictures")
 
 
-@pytest.mark.parametrize("victim", ["MapWorker", "decode_piece", "read_chunk"])
+@pytest.mark.parametrize("victim", ["MapWorker", "decode_piece", pytest.param("read_chunk", marks=pytest.mark.slow)])
 def test_precompute_survives_a_killed_process(folder, pictures, environment, victim):
     def command(name: str) -> list[str]:
         return ["precompute", "digits", "--source", pictures, "--output", f"{folder}/{name}", "--chunk-size", "15",
