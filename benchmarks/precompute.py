@@ -326,13 +326,14 @@ PARTS: dict[str, Callable[[bool, Path], dict[str, float]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small inputs, one round: about a minute on 2 cores")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true",
+                        help="small inputs, one round, and by default neither bare nor memory: a minute on 2 cores")
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
-    for name in arguments.only:
+    for name in arguments.only or (["npy", "decode", "read"] if arguments.quick else PARTS):
         folder = Path(tempfile.mkdtemp(prefix=f"precompute-{name}-"))
         try:
             if name in ("npy", "bare"):

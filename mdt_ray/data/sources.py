@@ -94,18 +94,7 @@ def open_source(uri: str, labels: str = "") -> Source:
         uri = str(DIGITS / "digits.parquet")
     folder, infos = _files_below(uri)
     tables = {name: storage.join(folder, name) for name in infos if name in LABEL_TABLES}
-    kinds: dict[str, list[str]] = {"pictures": [], "parquet": [], "tar": []}
-    ignored: Counter[str] = Counter()
-    for name in sorted(infos.keys() - tables.keys()):
-        suffix = name.rpartition(".")[2].lower()
-        kind = "pictures" if suffix in IMAGE_SUFFIXES else suffix
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-        if hidden or storage.join(folder, name) == labels:
-            continue
-        if kind in kinds:
-            kinds[kind].append(name)
-        else:
-            ignored["." + suffix if "." in name.rpartition("/")[2] else "without a suffix"] += 1
+    kinds, ignored = _by_kind([n for n in sorted(infos.keys() - tables.keys()) if storage.join(folder, n) != labels])
     found = [kind for kind, names in kinds.items() if names]
     if not found:
         raise ValueError(f"source = {uri!r}: holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}), no *.parquet and no "
@@ -128,6 +117,22 @@ def open_source(uri: str, labels: str = "") -> Source:
     times = [0 if embedded else infos[n].mtime_ns or 0 for n in names]  # an installation gives our own file a new time
     files = pa.table([names, [infos[n].size for n in names], times], schema=FILES)
     return Source(folder=folder, kind=found[0], files=files, labels=labels)
+
+
+def _by_kind(names: list[str]) -> tuple[dict[str, list[str]], Counter[str]]:
+    """Names of files by the kind of source that they make, and how many of which suffix make none."""
+    kinds: dict[str, list[str]] = {"pictures": [], "parquet": [], "tar": []}
+    ignored: Counter[str] = Counter()
+    for name in names:
+        if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+            continue
+        _, dot, suffix = name.rpartition("/")[2].rpartition(".")
+        kind = "pictures" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
+        if kind in kinds:
+            kinds[kind].append(name)
+        else:
+            ignored[f".{suffix.lower()}" if dot else "without a suffix"] += 1
+    return kinds, ignored
 
 
 def _files_below(uri: str) -> tuple[str, dict[str, pafs.FileInfo]]:
