@@ -10,6 +10,7 @@ from mdt_ray.config import InspectConfig, PrecomputeConfig, VaeConfig, VerifyCon
 from mdt_ray.data import check, images, latents, readers, sources
 from mdt_ray.data.latents import Manifest
 from mdt_ray.data.vae import load_vae
+from mdt_ray.jobs.decode import PLAN
 from mdt_ray.report import figures
 
 PICTURE = "decoded.png"
@@ -18,9 +19,18 @@ COLUMNS = 8
 
 
 def inspect(config: InspectConfig) -> str:
-    """Text about the folder. Raises ValueError if it holds no finished latents."""
+    """Text about the folder. Raises ValueError if it holds no finished latents, with how far they are."""
     folder = storage.absolute(config.folder)
-    return check.describe(folder, latents.read_manifest(folder))
+    sizes = storage.list_sizes(folder)
+    if PLAN in sizes and latents.MANIFEST not in sizes:
+        _, planned, _ = sources.read_parts(storage.join(folder, PLAN), [])
+        done = len(storage.list_names(storage.join(folder, "chunks")))
+        raise ValueError(f"{folder}: unfinished, {done} of {len(planned)} files are written; the same `mdt-ray precompute` "
+                         "goes on")
+    manifest = latents.read_manifest(folder)
+    damaged = [f"  {file.name}: {damage}; {latents.REBUILD}" for file in manifest.files
+               if (damage := latents.damage_of(file, sizes))]
+    return "\n".join([check.describe(folder, manifest), *damaged])
 
 
 def verify(config: VerifyConfig) -> str:
@@ -36,7 +46,7 @@ def verify(config: VerifyConfig) -> str:
         lines = [f"  {problem.name}: {problem.text}{_set_aside(folder, problem)}" for problem in problems]
         remedy = "run the same `mdt-ray precompute` again, which rebuilds just the damaged files" \
             if any(p.damaged for p in problems) else "delete the folder and run `mdt-ray precompute` again"
-        raise ValueError(f"{folder}: {len(problems)} problems:\n" + "\n".join(lines) + f"\n{remedy}")
+        raise ValueError("\n".join([f"{folder}: {len(problems)} problem{'s' * (len(problems) > 1)}:", *lines, remedy]))
     line = f"{manifest.num_rows:,} latents in {len(manifest.files)} files are whole"
     return f"{line}; {_decode(folder, manifest, config)}" if config.decode else line
 

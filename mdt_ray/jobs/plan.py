@@ -44,8 +44,14 @@ def plan_precompute(config: PrecomputeConfig) -> str:
         f"({settings['latent_channels']} x {side} x {side} of {config.image_size} x {config.image_size} pixels, "
         f"{'with' if config.flip else 'without'} mirror images)",
         f"measured    on {num_read} images here: reading {num_read / sample.read_seconds:,.0f} images/s, decoding "
-        f"{decoding:,.0f} images/s a CPU" + (f"; {len(sample.rejected)} unreadable" if sample.rejected else ""),
+        f"{decoding:,.0f} images/s a CPU",
     ]
+    if sample.rejected:
+        share = len(sample.rejected) / num_read
+        first = sample.rejected[0]
+        lines.append(f"unreadable  {len(sample.rejected)} of {num_read} ({share:.1%}), such as {first['id']!r}: "
+                     f"{first['reason']}" + (f"; more than --max-rejected {config.max_rejected} stops the job"
+                                             if share > config.max_rejected else ""))
     if encoding is None:
         lines.append("encoding    not measured: this machine has no GPU; run the same on a node that has one")
         return "\n".join(lines)
@@ -54,7 +60,7 @@ def plan_precompute(config: PrecomputeConfig) -> str:
     lines += [
         f"encoding    {encoding:,.1f} images/s a worker ({device}, {config.precision}); decoders that keep it busy: "
         f"{decoders}",
-        f"time        about {_duration(count / rate)} once started, with {workers} workers and "
+        f"time        about {_duration(count / rate)} and some 20 s to start, with {workers} workers and "
         f"{config.decoders_per_worker} decoders each",
     ]
     if decoders > config.decoders_per_worker:

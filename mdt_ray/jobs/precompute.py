@@ -124,6 +124,8 @@ def _encode_missing(config: PrecomputeConfig, source: Source, run: dict, claim: 
     entries = finished_entries(config.output, run["name"], len(sizes))
     seconds: Counter[str] = Counter()
     missing = [chunk for chunk in range(len(sizes)) if chunk not in entries]
+    if entries:
+        logger.info("%d of %d files are there already", len(entries), len(sizes))
     with progress.bar(sum(sizes), "image", "precompute", initial=sum(sizes[k] for k in entries)) as bar:
         if missing:
             session.start()
@@ -165,7 +167,7 @@ def _refuse_rejected(config: PrecomputeConfig, entries: dict[int, dict], count: 
     rejected = [r for entry in entries.values() for r in entry["rejected"]]
     if len(rejected) > config.max_rejected * count:
         latents.write_rejected(config.output, rejected)
-        raise ValueError(f"source = {config.source!r}: {len(rejected)} of {count} images are unreadable, such as "
+        raise ValueError(f"source = {config.source!r}: {len(rejected)} of {count} images are unreadable so far, such as "
                          f"{rejected[0]['id']!r} ({rejected[0]['reason']}): more than max_rejected = "
                          f"{config.max_rejected}. {storage.join(config.output, latents.REJECTED)} lists them; raise "
                          "--max-rejected to go on without them, or mend them and use a new output folder")

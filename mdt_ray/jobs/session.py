@@ -32,6 +32,7 @@ def start() -> None:
         return
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    logger.info("starting Ray: %s", os.environ.get("RAY_ADDRESS", "on this machine"))
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:

@@ -141,6 +141,12 @@ def test_center_crop_is_adms(size, side):
     assert np.array_equal(found, adm_crop(image, side))
 
 
+@pytest.mark.parametrize("size", [(500, 375), (333, 500), (1601, 1201), (4000, 600), (256, 256), (200, 90)])
+def test_center_crop_is_adms_at_imagenets_size(size):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    assert np.array_equal(images.center_crop(image, 256), adm_crop(image, 256))
+
+
 def test_a_picture_too_long_to_resize_is_refused():
     with pytest.raises(ValueError, match=r"256 x 2560000 pixels are more than"):
         images.center_crop(Image.new("RGB", (1, 10_000)), 256)

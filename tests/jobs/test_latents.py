@@ -11,7 +11,7 @@ from PIL import Image
 
 from mdt_ray import storage
 from mdt_ray.config import InspectConfig, VerifyConfig
-from mdt_ray.data import latents
+from mdt_ray.data import latents, sources
 from mdt_ray.jobs.latents import inspect, verify
 from mdt_ray.jobs.plan import plan_precompute
 from mdt_ray.jobs.precompute import precompute
@@ -105,8 +105,22 @@ def test_inspect_says_what_there_is(folder):
                  "0.1000 0.1000 0.1000 0.1000", "       10  7", "rejected: bad-0: no bytes",
                  "and 2 more in rejected.parquet"):
         assert line in text, line
+    (folder / "chunk-00002.parquet").unlink()
+    text = inspect(InspectConfig(folder=str(folder)))
+    assert "chunk-00002.parquet: missing; run the same `mdt-ray precompute` again" in text
     with pytest.raises(ValueError, match="no finished latents"):
         inspect(InspectConfig(folder=str(folder / "none")))
+
+
+def test_inspect_says_how_far_an_unfinished_job_is(folder):
+    source = sources.open_source("digits")
+    sources.write_parts(str(folder / "plan.parquet"), sources.list_images(source), np.array_split(np.arange(1797), 7))
+    (folder / "manifest.json").unlink()
+    (folder / "chunks").mkdir()
+    for k in range(3):
+        (folder / "chunks" / f"{k:05d}.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"unfinished, 3 of 7 files are written; the same `mdt-ray precompute` goes on"):
+        inspect(InspectConfig(folder=str(folder)))
 
 
 # With the job
@@ -121,7 +135,7 @@ def test_a_damaged_file_is_rebuilt_alone_and_decodes_to_its_pictures(tmp_path, r
     path = tmp_path / "out" / "chunk-00001.parquet"
     path.write_bytes(bytes(len(before[path.name])))
     assert precompute(config) == manifest, "of the right size: not looked into"
-    check(tmp_path / "out", "1 problems:\n  chunk-00001.parquet: checksum differs")
+    check(tmp_path / "out", "1 problem:\n  chunk-00001.parquet: checksum differs")
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.parquet")}
     assert precompute(config) == manifest
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
@@ -153,8 +167,8 @@ def test_a_plan_gives_counts_sizes_and_time(tmp_path):
     assert "30 images of 2 classes in 30 files (pictures" in text
     assert "8 files, 17.16 kB (4 x 4 x 4 of 32 x 32 pixels, with mirror images)" in text
     assert "on 30 images here" in text
-    assert "1 unreadable" in text
-    assert re.search(r"time +about \d+ s once started, with 1 workers and 4 decoders each", text)
+    assert "1 of 30 (3.3%), such as 'b/3.png': no bytes; more than --max-rejected 0.01 stops the job" in text
+    assert re.search(r"time +about \d+ s and some 20 s to start, with 1 workers and 4 decoders each", text)
     assert not (tmp_path / "out").exists()
 
 
