@@ -4,6 +4,7 @@ A worker class is built once per actor and called with one item at a time; it wr
 a small row. An actor that dies is replaced and its item given to another, so a chunk may be written twice, with equal bytes.
 """
 
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,15 +14,23 @@ from ray.exceptions import RayError
 
 from mdt_ray.config import WorkersConfig
 
+FAILURE = "failure"
+
 
 class _OneItem:
-    """Adapter from Ray Data's batches of one row to the worker's dicts."""
+    """Adapter from Ray Data's batches of one row to the worker's dicts.
+
+    An error travels as a row of its own: Ray Data would wrap it in advice about its settings, and lose the error itself.
+    """
 
     def __init__(self, worker: type, arguments: tuple):
         self.work = worker(*arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
-        return {name: [value] for name, value in self.work(_row(batch)).items()}
+        try:
+            return {name: [value] for name, value in self.work(_row(batch)).items()}
+        except Exception as error:
+            return {FAILURE: [_packed(root_cause(error))]}
 
 
 def run_chunks(items: list[dict[str, Any]], worker: type, arguments: tuple, workers: WorkersConfig,
@@ -45,9 +54,22 @@ def run_chunks(items: list[dict[str, Any]], worker: type, arguments: tuple, work
                             num_cpus=workers.cpus_per_worker if not workers.gpus_per_worker else None,
                             num_gpus=workers.gpus_per_worker or None)
     try:
-        yield from data.iter_rows()
+        for row in data.iter_rows():
+            if FAILURE in row:
+                raise pickle.loads(row[FAILURE])
+            yield row
     except RayError as error:
         raise root_cause(error) from None
+
+
+def _packed(error: BaseException) -> bytes:
+    """The error as bytes; one that does not come back whole as a RuntimeError with its text."""
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+        return data
+    except Exception:  # whatever an exception's own pickling raises
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def _row(batch: dict[str, Any]) -> dict[str, Any]:
@@ -56,8 +78,9 @@ def _row(batch: dict[str, Any]) -> dict[str, Any]:
 
 def root_cause(error: BaseException) -> BaseException:
     """The exception that a worker raised, from under Ray's wrappers; Ray's own where there is none."""
-    while True:
+    while type(error).__module__.startswith("ray."):
         inner = getattr(error, "cause", None) or error.__cause__
         if not isinstance(inner, BaseException) or inner is error:
             return error
         error = inner
+    return error

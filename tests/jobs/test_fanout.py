@@ -1,0 +1,57 @@
+"""Chunks over a pool of actors: results, and errors that arrive as themselves."""
+
+import errno
+
+import pytest
+
+from mdt_ray.config import WorkersConfig
+
+pytestmark = pytest.mark.ray
+
+
+class _Unpicklable(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class Worker:
+    """Does what an item says."""
+
+    def __call__(self, item: dict) -> dict:
+        if item["what"] == "full":
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            except OSError as error:
+                raise OSError("/out/chunk-00001.parquet: could not be written (No space left on device); make room"
+                              ) from error
+        if item["what"] == "value":
+            raise ValueError("image 'x' has no label")
+        if item["what"] == "odd":
+            raise _Unpicklable("this", "that")
+        if item["what"] == "errno":
+            raise OSError(errno.EIO, "Input/output error", "/data/x")
+        return {"number": item["number"], "text": item["what"] * 2}
+
+
+def test_results_come_back_whatever_their_order(ray_session):
+    from mdt_ray.jobs import fanout
+
+    items = [{"what": "a", "number": i} for i in range(7)]
+    for calls in (1, 2):
+        rows = list(fanout.run_chunks(items, Worker, (), WorkersConfig(), calls_per_worker=calls))
+        assert sorted(row["number"] for row in rows) == list(range(7))
+        assert {row["text"] for row in rows} == {"aa"}
+    assert list(fanout.run_chunks([], Worker, (), WorkersConfig())) == []
+
+
+@pytest.mark.parametrize(("what", "kind", "text"), [
+    ("full", OSError, r"^/out/chunk-00001.parquet: could not be written \(No space left on device\); make room$"),
+    ("value", ValueError, r"^image 'x' has no label$"),
+    ("errno", OSError, r"\[Errno 5\] Input/output error: '/data/x'"),
+    ("odd", RuntimeError, r"^_Unpicklable: this and that$")])
+def test_an_error_of_a_worker_arrives_as_itself(ray_session, what, kind, text):
+    from mdt_ray.jobs import fanout
+
+    items = [{"what": "a", "number": 0}, {"what": what, "number": 1}, {"what": "a", "number": 2}]
+    with pytest.raises(kind, match=text):
+        list(fanout.run_chunks(items, Worker, (), WorkersConfig()))
