@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mdt_ray import storage
 
@@ -79,6 +78,11 @@ def resolve(uri: str) -> str:
     return found
 
 
+def write_metrics(uri: str, rows: list[dict]) -> None:
+    """Write a metrics.parquet, whole."""
+    storage.write_table(uri, pa.Table.from_pylist(rows))
+
+
 def read_metrics(uri: str) -> list[dict]:
     """The rows of a metrics.parquet."""
-    return pq.read_table(pa.BufferReader(storage.read_bytes(uri))).to_pylist()
+    return storage.read_table(uri).to_pylist()

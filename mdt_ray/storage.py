@@ -12,7 +12,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 
 def absolute(uri: str) -> str:
@@ -111,7 +113,7 @@ def _write_object(fs: pafs.FileSystem, path: str, data: bytes) -> None:
 
 def _write_local(path: str, data: bytes) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.tmp-{uuid.uuid4().hex}"  # a process id is not unique among hosts that share a disk
+    temporary = _temporary(path)
     try:
         Path(temporary).write_bytes(data)
         os.replace(temporary, path)
@@ -129,6 +131,18 @@ def move(uri: str, target: str) -> None:
     fs.move(path, resolve(target)[1])
 
 
+def write_table(uri: str, table: pa.Table, **options: Any) -> None:
+    """Create or replace a Parquet file, whole."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read_table(uri: str) -> pa.Table:
+    """A whole Parquet file. Raises FileNotFoundError."""
+    return pq.read_table(pa.BufferReader(read_bytes(uri)))
+
+
 def remove(uri: str) -> None:
     """Delete a file or a folder with all it holds; nothing if it is not there."""
     fs, path = resolve(uri)
@@ -139,11 +153,18 @@ def remove(uri: str) -> None:
         fs.delete_file(path)
 
 
-def sweep(uri: str) -> None:
-    """Remove what writers that were killed left half-written in a folder. For its one owner."""
+def _temporary(path: str) -> str:
+    """A name of a writer's own (a process id is not unique among hosts that share a disk), for `clear_leftovers` to know."""
+    return f"{path}.tmp-{uuid.uuid4().hex}"
+
+
+def clear_leftovers(uri: str) -> None:
+    """Delete what killed writers left half-written in a folder on a local disk. For its one owner."""
     if is_local(uri):
         for path in Path(resolve(uri)[1]).glob("*.tmp-*"):
-            if path.is_file():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
 
 
@@ -155,12 +176,14 @@ def publish_folder(local: str | Path, uri: str, *, last: str) -> None:
     """Move a finished local folder to `uri`. The file `last` arrives after all others and marks the folder as whole."""
     fs, path = resolve(uri)
     if isinstance(fs, pafs.LocalFileSystem):
-        temporary = f"{path}.tmp-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = _temporary(path)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        shutil.move(local, temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        try:
+            shutil.move(local, temporary)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return
     files = sorted((f for f in Path(local).rglob("*") if f.is_file()), key=lambda f: (f.name == last, str(f)))
     for file in files:

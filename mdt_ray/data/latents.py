@@ -124,10 +124,8 @@ def statistics(parts: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def write_rejected(folder: str, rejected: list[dict[str, str]]) -> None:
     """rejected.parquet: id and reason of every image that could not be read."""
-    buffer = io.BytesIO()
     schema = pa.schema([("id", pa.string()), ("reason", pa.string())])
-    pq.write_table(pa.Table.from_pylist(rejected, schema), buffer)
-    storage.write_bytes(storage.join(folder, REJECTED), buffer.getvalue())
+    storage.write_table(storage.join(folder, REJECTED), pa.Table.from_pylist(rejected, schema))
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -137,7 +135,7 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
 def read_rejected(folder: str) -> list[dict[str, str]]:
     """What `write_rejected` wrote; nothing, where it is missing."""
     try:
-        return pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(folder, REJECTED)))).to_pylist()
+        return storage.read_table(storage.join(folder, REJECTED)).to_pylist()
     except FileNotFoundError:
         return []
 

@@ -160,14 +160,7 @@ def _files_below(uri: str) -> tuple[str, dict[str, pafs.FileInfo]]:
 
 def write_files(uri: str, source: Source) -> None:
     """Keep the source's files as they are now, for `changes`."""
-    buffer = io.BytesIO()
-    pq.write_table(source.files.replace_schema_metadata({"mdt_ray.place": source.place}), buffer, compression="zstd")
-    storage.write_bytes(uri, buffer.getvalue())
-
-
-def read_files(uri: str) -> pa.Table:
-    """What `write_files` kept. Raises FileNotFoundError."""
-    return pq.read_table(pa.BufferReader(storage.read_bytes(uri)))
+    storage.write_table(uri, source.files.replace_schema_metadata({"mdt_ray.place": source.place}), compression="zstd")
 
 
 def changes(begun: pa.Table, source: Source) -> list[str]:

@@ -59,7 +59,7 @@ def precompute(config: PrecomputeConfig) -> Manifest:
         if not storage.exists(storage.join(config.output, SOURCE)):
             sources.write_files(storage.join(config.output, SOURCE), source)
         for folder in (config.output, storage.join(config.output, "chunks")):
-            storage.sweep(folder)
+            storage.clear_leftovers(folder)
         _, sizes, names = sources.read_parts(plan, [])
         return _encode_missing(config, source, run, claim, sizes, names)
 
@@ -97,7 +97,7 @@ def _begun_with(config: PrecomputeConfig) -> VaeConfig | None:
 def refuse_changes(output: str, source: Source) -> None:
     """Raise ValueError naming the files of the source that changed since a run here began."""
     try:
-        begun = sources.read_files(storage.join(output, SOURCE))
+        begun = storage.read_table(storage.join(output, SOURCE))
     except FileNotFoundError:
         return
     lines = sources.changes(begun, source)

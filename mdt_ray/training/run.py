@@ -103,13 +103,13 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
             if not may_write():
                 raise RuntimeError(f"{config.output} was taken over by another run; this one stops")
             states.save_checkpoint(state, config.output, run, facts)
-            states.write_metrics(state.history, storage.join(config.output, METRICS))
+            checkpoints.write_metrics(storage.join(config.output, METRICS), state.history)
             states.prune_checkpoints(config.output, config.keep_last, config.keep_every_steps)
         if world_size > 1:
             dist.barrier()  # a checkpoint counts when every rank got there
 
     if rank == 0:
-        states.clear_leftovers(config.output)
+        storage.clear_leftovers(storage.join(config.output, checkpoints.CHECKPOINTS))
         logger.info("rank 0 of %d: %d training images, %d lanes, %s, %d threads, from step %d", world_size,
                     manifest.num_train, config.num_lanes, dtype or torch.float32, torch.get_num_threads(), state.step)
     with Loader(config.latents, manifest, loader_config, rank, world_size) as loader:

@@ -9,13 +9,10 @@
 """
 
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from mdt_ray import checkpoints, storage
@@ -50,16 +47,9 @@ def save_checkpoint(state: TrainState, output: str, run: dict, facts: dict) -> s
         values = {"step": state.step, "attempt": state.attempt, **facts}
         (folder / "state.json").write_text(json.dumps(values, indent=1))
         (folder / "run.json").write_text(json.dumps(run, indent=1))
-        write_metrics(state.history, str(folder / "metrics.parquet"))
+        checkpoints.write_metrics(str(folder / "metrics.parquet"), state.history)
         checkpoints.publish(folder, uri)
     return uri
-
-
-def write_metrics(history: list[dict], uri: str) -> None:
-    """Rows of metrics as Parquet."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(history), sink)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
 def restore(state: TrainState, uri: str) -> None:
@@ -81,10 +71,3 @@ def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int) -> Non
             # The mark of a whole checkpoint goes first, so that a kill in between leaves no half of one.
             storage.remove(storage.join(uri, CHECKSUMS))
             storage.remove(uri)
-
-
-def clear_leftovers(output: str) -> None:
-    """Delete temporary checkpoint folders that a killed process left on a local disk."""
-    if storage.is_local(output):
-        for path in Path(storage.absolute(output), CHECKPOINTS).glob("*.tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
