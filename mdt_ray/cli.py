@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from mdt_ray import config_io, presets
 from mdt_ray.config import (
@@ -20,25 +20,33 @@ from mdt_ray.config import (
     VerifyConfig,
 )
 
-JOBS: dict[str, tuple[type, str]] = {
-    "precompute": (PrecomputeConfig, "images -> VAE latents in Parquet (Ray Data)"),
-    "train": (TrainConfig, "latents -> checkpoints (Ray Train, DDP)"),
-    "tune": (TuneConfig, "a sweep of training settings -> a ranked table (Ray Tune)"),
-    "evaluate": (EvaluateConfig, "checkpoint -> samples -> FID, sFID, IS, precision, recall"),
-    "convert": (ConvertConfig, "weights of MDT, MDTv2, DiT or diffusers' DiT <-> checkpoints"),
-    "quickstart": (QuickstartConfig, "all four in order, then a report page"),
-    "plan precompute": (PrecomputeConfig, "how large the latents will be, and how long they will take"),
-    "latents inspect": (InspectConfig, "what a folder of latents holds"),
-    "latents verify": (VerifyConfig, "whether a folder of latents is whole, and what some decode to"),
+
+class Job(NamedTuple):
+    """A command of `mdt-ray`. The first word of its name is its module in jobs/."""
+
+    config: type
+    text: str
+    needed: tuple[str, ...]
+    """Settings without which it cannot start."""
+    function: str
+    """What the module calls it."""
+
+
+JOBS = {
+    "precompute": Job(PrecomputeConfig, "images -> VAE latents in Parquet (Ray Data)", ("output", "source"), "precompute"),
+    "train": Job(TrainConfig, "latents -> checkpoints (Ray Train, DDP)", ("output", "latents"), "train"),
+    "tune": Job(TuneConfig, "a sweep of training settings -> a ranked table (Ray Tune)", ("output",), "tune"),
+    "evaluate": Job(EvaluateConfig, "checkpoint -> samples -> FID, sFID, IS, precision, recall",
+                    ("output", "checkpoint", "reference"), "evaluate"),
+    "convert": Job(ConvertConfig, "weights of MDT, MDTv2, DiT or diffusers' DiT <-> checkpoints", ("output", "source"),
+                   "convert"),
+    "quickstart": Job(QuickstartConfig, "all four in order, then a report page", ("output",), "quickstart"),
+    "plan precompute": Job(PrecomputeConfig, "how large the latents will be, and how long they will take", ("source",),
+                           "plan_precompute"),
+    "latents inspect": Job(InspectConfig, "what a folder of latents holds", ("folder",), "inspect"),
+    "latents verify": Job(VerifyConfig, "whether a folder of latents is whole, and what some decode to", ("folder",),
+                          "verify"),
 }
-
-
-NEEDED = {"precompute": ("output", "source"), "train": ("output", "latents"), "tune": ("output",),
-          "evaluate": ("output", "checkpoint", "reference"), "convert": ("output", "source"), "quickstart": ("output",),
-          "plan precompute": ("source",), "latents inspect": ("folder",), "latents verify": ("folder",)}
-"""Settings without which a job cannot start."""
-FUNCTIONS = {"plan precompute": "plan_precompute", "latents inspect": "inspect", "latents verify": "verify"}
-"""What a job's module calls it, where that is not the job's name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +83,7 @@ def usage() -> str:
     lines = ["usage: mdt-ray <job> [preset] [--config FILE] [--dry-run] [--debug] [--setting value ...]", "",
              "Train and evaluate Masked Diffusion Transformers with Ray.",
              "The same command again goes on where it stopped.", "", "jobs:"]
-    lines += [f"  {name:<16} {text}" for name, (_, text) in JOBS.items()]
+    lines += [f"  {name:<16} {job.text}" for name, job in JOBS.items()]
     lines += ["", "presets:"]
     lines += [f"  {name:<37} {text}" for name, text in presets.OVERVIEW.items()]
     return "\n".join([*lines, "", "mdt-ray <job> --help lists the settings of a job."])
@@ -88,7 +96,7 @@ def parse(job: str, arguments: list[str]) -> Any:
     """
     import tyro  # a tenth of a second that the top-level help does not need
 
-    cls, text = JOBS[job]
+    cls, text = JOBS[job].config, JOBS[job].text
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if name and job.startswith("latents "):
         default = cls(folder=name)
@@ -119,12 +127,12 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "ray", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in NEEDED[job]:
+    for name in JOBS[job].needed:
         if not getattr(config, name):
             raise ValueError(f"--{name}: not given; name it" + (
                 "" if name == "folder" else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
     module = importlib.import_module(f"mdt_ray.jobs.{job.partition(' ')[0]}")
-    result = getattr(module, FUNCTIONS.get(job, job))(config)
+    result = getattr(module, JOBS[job].function)(config)
     return _last_line(job, config, result)
 
 
@@ -139,7 +147,7 @@ def _of_job(job: str, preset: QuickstartConfig) -> Any:
 
 def _preview(job: str, config: Any) -> str:
     settings = json.dumps(config_io.to_dict(config), indent=1)
-    if "output" not in NEEDED[job]:
+    if "output" not in JOBS[job].needed:
         return f"{settings}\nmdt-ray {job} would write nothing"
     run = _held_run(config.output)
     if run is None:
