@@ -29,11 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from mdt_ray import config_io, storage
 from mdt_ray.config import PrecomputeConfig, VaeConfig
-from mdt_ray.data import images, latents, sources
+from mdt_ray.data import images, latents, listings
 from mdt_ray.data.loader import LatentReader
 from mdt_ray.data.vae import load_vae, to_unit_range
 from mdt_ray.jobs import fanout, progress, session
-from mdt_ray.jobs.decode import PLAN
 from mdt_ray.jobs.encode import Encoder
 from mdt_ray.jobs.precompute import cut, prepare
 
@@ -75,9 +74,9 @@ def steady_rate(config: PrecomputeConfig) -> tuple[float, float, float]:
     """The pipeline of `precompute` without its summary: images/s between first and last chunk, and of start-up and all the
     seconds. What the job does before and after is counted in neither rate."""
     config, source, _ = prepare(config)
-    listing = sources.list_images(source)
+    listing = listings.list_images(source)
     parts = cut(listing, source.kind, config.chunk_size)
-    sources.write_parts(storage.join(config.output, PLAN), listing, parts)
+    listings.write_parts(storage.join(config.output, listings.PLAN), listing, parts)
     storage.write_json(storage.join(config.output, "lock.json"), {"token": "benchmark"})
     started = time.time()
     marks = []
@@ -159,12 +158,12 @@ def against_bare_loop(quick: bool, folder: Path, device: str) -> dict[str, float
     batch, batches, chunks = (64, 20, 8) if gpu else (4, 2, 5 if quick else 12)
     root = folder_of(folder / "large", jpegs(32, lambda rng: (500, 400)), batch * batches * chunks)
     figures = {}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision in ("fp32", "bf16"):
         if quick and precision == "bf16":
             continue
         bare, ours = [], []
         for turn in range(1 if quick else 3):
-            bare.append(bare_loop(path, size, batch, max(batches * chunks // 4, 4), dtype, device))
+            bare.append(bare_loop(path, size, batch, max(batches * chunks // 4, 4), precision, device))
             config = config_io.override(PrecomputeConfig(), {
                 "source": str(root), "output": str(folder / f"sd-{precision}-{turn}"), "vae.path": path, "image_size": size,
                 "chunk_size": batch * batches, "encode_batch_size": batch, "precision": precision,
@@ -182,21 +181,21 @@ BARE = """
 import sys, time, torch
 from mdt_ray.config import VaeConfig
 from mdt_ray.data.vae import load_vae
-path, size, batch, batches, dtype, device = sys.argv[1], *map(int, sys.argv[2:5]), getattr(torch, sys.argv[5]), sys.argv[6]
+path, size, batch, batches, precision, device = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5], sys.argv[6]
 torch.set_num_threads(1)
 vae = load_vae(VaeConfig(path=path), device)
 x = torch.rand(batch, 3, size, size, device=device) * 2 - 1
 marks = []
 for _ in range(batches + 1):
-    vae.encode(x, dtype).half().cpu()
+    vae.encode(x, torch.bfloat16 if precision == "bf16" else None).half().cpu()
     marks.append(time.perf_counter())
 print(batch * batches / (marks[-1] - marks[0]))
 """
 
 
-def bare_loop(path: str, size: int, batch: int, batches: int, dtype: torch.dtype, device: str) -> float:
+def bare_loop(path: str, size: int, batch: int, batches: int, precision: str, device: str) -> float:
     """images/s of the VAE on a tensor that is there already, with the threads that an encoder has, in its own process."""
-    done = subprocess.run([sys.executable, "-c", BARE, path, str(size), str(batch), str(batches), str(dtype).split(".")[1],
+    done = subprocess.run([sys.executable, "-c", BARE, path, str(size), str(batch), str(batches), precision,
                            device], capture_output=True, text=True, check=True)
     return float(done.stdout)
 

@@ -10,12 +10,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from matplotlib.patches import FancyBboxPatch
 
-from mdt_ray.data import images, readers, sources
+from mdt_ray.data import images, listings, readers, sources
 from mdt_ray.data.vae import to_unit_range
 from mdt_ray.evaluation.digits import is_held_out
 from mdt_ray.inference.inpaint import MDTInpaintPipeline
@@ -89,8 +88,8 @@ def inpainting(checkpoint: str, path: Path, num_images: int = 8) -> None:
     """Held-out digits; for every mask ratio, what is known of them and what the model makes of that and the label."""
     rows = [i for i in range(400) if is_held_out(i) and i % 3 == 0][:num_images]
     source = sources.open_source("digits")
-    read = readers.read_few(source.folder, source.kind, sources.list_images(source).table.slice(0, 400))
-    crops = np.stack([images.center_crop(images.decode_image(read.data[i].as_py()), 32) for i in rows])  # (B, H, W, 3)
+    read = readers.read_few(source.folder, source.kind, listings.list_images(source).table.slice(0, 400))
+    crops = images.decode_piece(read, 32).images[rows]  # (B, H, W, 3)
     pictures = to_unit_range(torch.from_numpy(crops)) / 2 + 0.5  # (B, 3, H, W)
     pipe = MDTInpaintPipeline.from_pretrained(checkpoint)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)

@@ -32,7 +32,6 @@ class Problem:
 class _Content:
     ids: list[str]
     counts: Counter[int]
-    num_validation: int
 
 
 def find_problems(folder: str, manifest: Manifest) -> list[Problem]:
@@ -89,10 +88,9 @@ def _check_file(folder: str, manifest: Manifest, file: LatentFile,
                                                f"{table['id'][int(bad[0])].as_py()!r}"))
     if table.num_rows != file.num_rows:
         problems.append(Problem(file.name, f"has {table.num_rows} rows, must have {file.num_rows}"))
-    split = table["split"].to_pylist()
-    if [row for row, s in enumerate(split) if s == "validation"] != file.validation_rows:
+    if [row for row, s in enumerate(table["split"].to_pylist()) if s == "validation"] != file.validation_rows:
         problems.append(Problem(file.name, "its held-out rows are not those of the manifest"))
-    return problems, _Content(table["id"].to_pylist(), Counter(table["label"].to_pylist()), split.count("validation"))
+    return problems, _Content(table["id"].to_pylist(), Counter(table["label"].to_pylist()))
 
 
 def describe(folder: str, manifest: Manifest) -> str:

@@ -3,6 +3,7 @@
 Not a decoder: that is images.py. Not a list of what there is: that is sources.py.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mdt_ray import storage
@@ -18,6 +18,7 @@ from mdt_ray import storage
 READ_THREADS = 16
 """Pictures of a folder that are fetched at the same time: an object store answers each after tens of milliseconds."""
 DENSE_BYTES = 2**20
+"""Ranges of a tar are read together unless more than half, and more than this, lies between them."""
 STREAM_BYTES = 8 * 2**20
 """Read at once from a Parquet column, whose row groups may be larger than memory. Decoded is a page at a time, of at most
 1,024 rows where pyarrow wrote it."""
@@ -47,7 +48,7 @@ def read_pieces(folder: str, kind: str, rows: pa.Table, piece_size: int) -> Iter
 
     Args:
         folder, kind: of the Source.
-        rows: as sources.LISTING.
+        rows: as listings.LISTING.
     Raises ValueError naming a file that cannot be read.
     """
     started = time.perf_counter()
@@ -80,30 +81,34 @@ def _read_pictures(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.
 def _read_tars(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
     for start in range(0, rows.num_rows, piece_size):
         part = rows.slice(start, piece_size)
-        offsets, sizes = part["offset"].to_numpy(), part["size"].to_numpy()
-        files = part["file"].to_numpy(zero_copy_only=False)
-        pieces = []
-        for run in np.split(np.arange(len(files)), np.flatnonzero(files[1:] != files[:-1]) + 1):  # a piece may span tars
-            name, low, ends = files[run[0]], offsets[run], (offsets + sizes)[run]
-            if ends.max() - low.min() <= 2 * sizes[run].sum() + DENSE_BYTES:  # neighbours: all in one read
-                spans = [(int(low.min()), int(ends.max()))]
-            else:
-                spans = [(int(a), int(b)) for a, b in zip(low, ends, strict=True)]
-            fs, path = storage.resolve_below(folder, name)
+        files, offsets, sizes = part["file"].to_pylist(), part["offset"].to_numpy(), part["size"].to_numpy()
+        pictures: list[bytes] = []
+        for name, run in itertools.groupby(range(part.num_rows), key=files.__getitem__):  # a piece may span tars
+            run = list(run)
+            pictures += _read_ranges(folder, name, offsets[run], offsets[run] + sizes[run])
+        yield pa.array(pictures, pa.large_binary())
 
-            def read(first: int, last: int, fs: pafs.FileSystem = fs, path: str = path) -> bytes:
-                with fs.open_input_file(path) as handle:
-                    return handle.read_at(last - first, first)
 
-            data = {first: _persist(name, folder, lambda a=first, b=last, read=read: read(a, b)) for first, last in spans}
-            for offset, size in zip(low, sizes[run], strict=True):
-                first = offset if int(offset) in data else spans[0][0]
-                pieces.append(data[int(first)][offset - first:offset - first + size])
-        yield pa.array(pieces, pa.large_binary())
+def _read_ranges(folder: str, name: str, starts: np.ndarray, stops: np.ndarray) -> list[bytes]:
+    """Ranges of bytes of one file: neighbours in one read, others one by one."""
+    fs, path = storage.resolve_below(folder, name)
+
+    def read(start: int, stop: int) -> bytes:
+        with fs.open_input_file(path) as handle:
+            return handle.read_at(stop - start, start)
+
+    def persist(start: int, stop: int) -> bytes:
+        return _persist(name, folder, lambda: read(start, stop))
+
+    first, last = int(starts.min()), int(stops.max())
+    if last - first <= 2 * (stops - starts).sum() + DENSE_BYTES:
+        span = persist(first, last)
+        return [span[start - first:stop - first] for start, stop in zip(starts, stops, strict=True)]
+    return [persist(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
 
 
 def _read_parquet(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
-    """Rows in file order. Each row group is read once, in slices, however large it is."""
+    """Rows in file order, read in slices, however large their row groups are."""
     waiting: list[pa.Array] = []
     for data in _parquet_slices(folder, rows, piece_size):
         waiting.append(data)

@@ -29,12 +29,12 @@ class Vae:
     weights_hash: str
 
     @torch.inference_mode()
-    def encode(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, autocast_dtype: torch.dtype | None = None) -> torch.Tensor:
         """Images (B, 3, H, W) on [-1, 1] -> posterior mean and std, raw and unscaled, (B, 2, C, h, w) float32.
 
-        `dtype` bfloat16 autocasts the network; the posterior is float32 in any case.
+        `autocast_dtype` is the network's; the posterior is float32 in any case.
         """
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
             parameters = self.model.encode(images).latent_dist.parameters
         posterior = DiagonalGaussianDistribution(parameters.float())
         return torch.stack([posterior.mean, posterior.std], dim=1)

@@ -66,15 +66,8 @@ def sample_chunk(sampler: Sampler, extractor: Extractor, config: EvaluateConfig,
 
 def reference_chunk(extractor: Extractor, piece: Piece, image_size: int, num_kept: int) -> dict[str, np.ndarray]:
     """Measure real images; ones that cannot be read are left out."""
-    pixels, labels = [], []
-    for label, data in zip(piece.labels, piece.data, strict=True):
-        try:
-            pixels.append(images.center_crop(images.decode_image(data.as_py()), image_size))
-        except ValueError:
-            continue
-        labels.append(label)
-    pictures = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    return measure(extractor, pictures, torch.tensor(labels), num_kept)
+    found = images.decode_piece(piece, image_size)
+    return measure(extractor, torch.from_numpy(found.images).permute(0, 3, 1, 2), torch.tensor(found.labels), num_kept)
 
 
 def write_chunk(uri: str, arrays: dict[str, np.ndarray]) -> None:

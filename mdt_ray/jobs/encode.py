@@ -21,24 +21,23 @@ from ray.exceptions import RayError, RayTaskError
 from mdt_ray import config_io, run_folder, storage
 from mdt_ray.config import PrecomputeConfig
 from mdt_ray.data import latents
+from mdt_ray.data.images import Pixels
 from mdt_ray.data.readers import Piece
 from mdt_ray.data.vae import load_vae, to_unit_range
 from mdt_ray.jobs import session
-from mdt_ray.jobs.decode import Pixels, decode_piece, read_chunk
+from mdt_ray.jobs.decode import decode_piece, read_chunk
+from mdt_ray.training.run import autocast_dtype
 
 logger = logging.getLogger(__name__)
 PIECE_BYTES = 4 * 2**20
 """Pixels that a piece holds at least: tasks for less cost more than the work in them."""
+
 
 def piece_size(config: PrecomputeConfig) -> int:
     """Images of a piece: batches of the VAE, as many as make PIECE_BYTES. A function of identity fields alone, because an
     image's batch decides its last bits."""
     batch_bytes = config.encode_batch_size * config.image_size**2 * 3
     return config.encode_batch_size * max(1, PIECE_BYTES // batch_bytes)
-
-
-def autocast_dtype(config: PrecomputeConfig) -> torch.dtype:
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
 class Encoder:
@@ -51,7 +50,7 @@ class Encoder:
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
         self.vae = load_vae(self.config.vae, self.device)
-        self.dtype = autocast_dtype(self.config)
+        self.dtype = autocast_dtype(self.config.precision, torch.device(self.device))
         self.turn = threading.Lock()
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,13 @@ import torch
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import EvaluateConfig
-from mdt_ray.data import readers, sources
-from mdt_ray.data.sources import Listing, Source
+from mdt_ray.data import listings, readers, sources
+from mdt_ray.data.listings import Listing
+from mdt_ray.data.sources import Source
 from mdt_ray.evaluation import chunks
 from mdt_ray.inference.sampler import Sampler
 from mdt_ray.jobs import fanout, progress, session
+from mdt_ray.training.run import autocast_dtype
 
 METRICS = "metrics.json"
 LISTING = "listing.parquet"
@@ -59,7 +61,7 @@ class Plan:
     def write_listing(self) -> None:
         """For the actors: part k holds the images of the reference's chunk k."""
         parts = [np.arange(item["start"], item["stop"]) for item in self.reference_uris().values()]
-        sources.write_parts(storage.join(self.reference_folder, LISTING), self.listing, parts)
+        listings.write_parts(storage.join(self.reference_folder, LISTING), self.listing, parts)
 
 
 def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
@@ -75,7 +77,7 @@ def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
                                          config.chunk_size])
     run = run_folder.describe("evaluate", config, {"checkpoint": checkpoint_hash, "reference": fingerprint})
     return Plan(config=config, run=run, facts=facts, checkpoint_hash=checkpoint_hash, source=source,
-                listing=sources.list_images(source),
+                listing=listings.list_images(source),
                 reference_folder=storage.join(storage.absolute(reference_root or config.output), f"reference-{fingerprint}"))
 
 
@@ -120,7 +122,7 @@ def _run_missing(plans: list[Plan], pool: bool) -> None:
     if not missing:
         return
     for p in plans:
-        if any(uri in p.reference_uris() for uri in (item["uri"] for item in missing)):
+        if p.reference_uris().keys() & {item["uri"] for item in missing}:
             p.write_listing()
     plain = [{"config": config_io.to_dict(p.config), "image_size": p.facts["image_size"],
               "folder": p.source.folder, "kind": p.source.kind,
@@ -165,8 +167,8 @@ class Evaluator:
 
     def _sampler(self, number: int) -> Sampler:
         config = self.configs[number]
-        autocast_dtype = torch.bfloat16 if config.precision == "bf16" else None
-        return Sampler(config.checkpoint, config.sampling, self.device, autocast_dtype)
+        dtype = autocast_dtype(config.precision, torch.device(self.device))
+        return Sampler(config.checkpoint, config.sampling, self.device, dtype)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         config, extractor = self.configs[item["plan"]], self.extractor(self.configs[item["plan"]].extractor)
@@ -174,7 +176,7 @@ class Evaluator:
             arrays = chunks.sample_chunk(self.sampler(item["plan"]), extractor, config, item["start"], item["stop"])
         else:
             p = self.plain[item["plan"]]
-            rows, _, _ = sources.read_parts(p["listing"], [item["start"] // config.chunk_size])
+            rows, _, _ = listings.read_parts(p["listing"], [item["start"] // config.chunk_size])
             piece = readers.read_few(p["folder"], p["kind"], rows)
             arrays = chunks.reference_chunk(extractor, piece, p["image_size"], config.keep_images - item["start"])
         chunks.write_chunk(item["uri"], arrays)

@@ -56,7 +56,7 @@ def run_chunks(items: list[dict[str, Any]], worker: type, arguments: tuple, work
     try:
         for row in data.iter_rows():
             if FAILURE in row:
-                raise pickle.loads(row[FAILURE])
+                raise pickle.loads(row[FAILURE])  # bytes that our own actor made
             yield row
     except RayError as error:
         raise root_cause(error) from None
@@ -66,7 +66,7 @@ def _packed(error: BaseException) -> bytes:
     """The error as bytes; one that does not come back whole as a RuntimeError with its text."""
     try:
         data = pickle.dumps(error)
-        pickle.loads(data)
+        pickle.loads(data)  # some dump well and do not load: those whose arguments are not their text
         return data
     except Exception:  # whatever an exception's own pickling raises
         return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))

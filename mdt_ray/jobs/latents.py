@@ -7,10 +7,9 @@ import torch
 
 from mdt_ray import config_io, storage
 from mdt_ray.config import InspectConfig, PrecomputeConfig, VaeConfig, VerifyConfig
-from mdt_ray.data import check, images, latents, readers, sources
+from mdt_ray.data import check, images, latents, listings, readers, sources
 from mdt_ray.data.latents import Manifest
 from mdt_ray.data.vae import load_vae
-from mdt_ray.jobs.decode import PLAN
 from mdt_ray.report import figures
 
 PICTURE = "decoded.png"
@@ -22,8 +21,8 @@ def inspect(config: InspectConfig) -> str:
     """Text about the folder. Raises ValueError if it holds no finished latents, with how far they are."""
     folder = storage.absolute(config.folder)
     sizes = storage.list_sizes(folder)
-    if PLAN in sizes and latents.MANIFEST not in sizes:
-        _, planned, _ = sources.read_parts(storage.join(folder, PLAN), [])
+    if listings.PLAN in sizes and latents.MANIFEST not in sizes:
+        _, planned, _ = listings.read_parts(storage.join(folder, listings.PLAN), [])
         done = len(storage.list_names(storage.join(folder, "chunks")))
         raise ValueError(f"{folder}: unfinished, {done} of {len(planned)} files are written; the same `mdt-ray precompute` "
                          "goes on")
@@ -102,14 +101,16 @@ def _some_latents(folder: str, manifest: Manifest, count: int) -> tuple[list[str
 def _originals(run: PrecomputeConfig, source_uri: str, ids: list[str]) -> np.ndarray:
     """The source's crops of some images, (n, H, W, 3) uint8."""
     source = sources.open_source(source_uri, run.labels)
-    table = sources.list_images(source).table
+    table = listings.list_images(source).table
     places = {image_id: row for row, image_id in enumerate(table["id"].to_pylist())}
     missing = [i for i in ids if i not in places]
     if missing:
         raise ValueError(f"source = {source_uri!r}: has no image {missing[0]!r}; name by --source where the images lie now")
     piece = readers.read_few(source.folder, source.kind, table.take([places[i] for i in ids]))
-    return np.stack([images.center_crop(images.decode_image(data.as_py(), run.exif_rotation), run.image_size)
-                     for data in piece.data])
+    found = images.decode_piece(piece, run.image_size, run.exif_rotation)
+    if found.rejected:
+        raise ValueError(f"source = {source_uri!r}: image {found.rejected[0]['id']!r}: {found.rejected[0]['reason']}")
+    return found.images
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float:

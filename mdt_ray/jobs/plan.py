@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from mdt_ray.config import PrecomputeConfig
-from mdt_ray.data import readers, sources
+from mdt_ray.data import listings, readers, sources
+from mdt_ray.data.images import Pixels, decode_piece
 from mdt_ray.data.vae import downscaling, load_vae, to_unit_range, vae_config
-from mdt_ray.jobs.decode import Pixels, decode
-from mdt_ray.jobs.encode import autocast_dtype
 from mdt_ray.jobs.precompute import prepare
+from mdt_ray.training.run import autocast_dtype
 
 SAMPLE_IMAGES = 128
 ENCODE_SECONDS = 10.0
@@ -26,7 +26,7 @@ OVERHEAD_BYTES = 60
 def plan_precompute(config: PrecomputeConfig) -> str:
     """Text: counts, sizes, rates, time. Raises ValueError as `precompute` does for a bad source or VAE."""
     config, source, _ = prepare(config)
-    listing = sources.list_images(source)
+    listing = listings.list_images(source)
     count = listing.table.num_rows
     settings = vae_config(config.vae)
     side = config.image_size // downscaling(settings)
@@ -68,11 +68,11 @@ def plan_precompute(config: PrecomputeConfig) -> str:
     return "\n".join(lines)
 
 
-def _sample(config: PrecomputeConfig, source: sources.Source, listing: sources.Listing) -> Pixels:
+def _sample(config: PrecomputeConfig, source: sources.Source, listing: listings.Listing) -> Pixels:
     """Some images spread over the source, decoded."""
     places = np.linspace(0, listing.table.num_rows - 1, min(SAMPLE_IMAGES, listing.table.num_rows)).round().astype(int)
     piece = readers.read_few(source.folder, source.kind, listing.table.take(np.unique(places)))
-    return decode(piece, config.image_size, config.exif_rotation)
+    return decode_piece(piece, config.image_size, config.exif_rotation)
 
 
 def _encoding_rate(config: PrecomputeConfig, sample: Pixels, device: str) -> float:
@@ -84,14 +84,18 @@ def _encoding_rate(config: PrecomputeConfig, sample: Pixels, device: str) -> flo
     vae = load_vae(config.vae, device)
     batch = np.resize(sample.images, (config.encode_batch_size, *sample.images.shape[1:]))
     x = to_unit_range(torch.from_numpy(batch).to(device))
-    marks = [time.perf_counter()]
-    while len(marks) < 3 or marks[-1] - marks[1] < ENCODE_SECONDS:
-        vae.encode(x, autocast_dtype(config)).cpu()
-        marks.append(time.perf_counter())
-        if marks[-1] - marks[0] > 3 * ENCODE_SECONDS:
-            break
-    first = 1 if len(marks) > 2 else 0  # the first batch warms up
-    return len(x) * (len(marks) - 1 - first) / (marks[-1] - marks[first]) / (2 if config.flip else 1)
+    dtype = autocast_dtype(config.precision, torch.device(device))
+
+    def encode() -> float:
+        started = time.perf_counter()
+        vae.encode(x, dtype).cpu()
+        return time.perf_counter() - started
+
+    warm_up = encode()
+    seconds = [warm_up] if warm_up > ENCODE_SECONDS else []
+    while sum(seconds) < ENCODE_SECONDS:
+        seconds.append(encode())
+    return len(x) * len(seconds) / sum(seconds) / (2 if config.flip else 1)
 
 
 def _size(num_bytes: float) -> str:

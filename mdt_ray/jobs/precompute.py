@@ -20,12 +20,12 @@ import numpy as np
 
 from mdt_ray import config_io, run_folder, storage
 from mdt_ray.config import PrecomputeConfig, VaeConfig
-from mdt_ray.data import latents, sources
+from mdt_ray.data import latents, listings, sources
 from mdt_ray.data.latents import LatentFile, Manifest
-from mdt_ray.data.sources import Listing, Source
+from mdt_ray.data.listings import PLAN, Listing
+from mdt_ray.data.sources import Source
 from mdt_ray.data.vae import check_image_size, pin_revision, vae_fingerprint
 from mdt_ray.jobs import fanout, progress, session
-from mdt_ray.jobs.decode import PLAN
 from mdt_ray.jobs.encode import Encoder, entry_uri
 
 logger = logging.getLogger(__name__)
@@ -50,17 +50,17 @@ def precompute(config: PrecomputeConfig) -> Manifest:
     except ValueError:
         pass  # not finished, or damaged: go on below
     plan = storage.join(config.output, PLAN)
-    listing = None if storage.exists(plan) else sources.list_images(source)  # before anything is written
+    listing = None if storage.exists(plan) else listings.list_images(source)  # before anything is written
     with run_folder.claim(config.output, run) as claim:
         if listing:
             logger.info("%d images of %d classes in %d files", listing.table.num_rows, len(listing.class_names),
                         source.files.num_rows)
-            sources.write_parts(plan, listing, cut(listing, source.kind, config.chunk_size))
+            listings.write_parts(plan, listing, cut(listing, source.kind, config.chunk_size))
         if not storage.exists(storage.join(config.output, SOURCE)):
             sources.write_files(storage.join(config.output, SOURCE), source)
         for folder in (config.output, storage.join(config.output, "chunks")):
             storage.clear_leftovers(folder)
-        _, sizes, names = sources.read_parts(plan, [])
+        _, sizes, names = listings.read_parts(plan, [])
         return _encode_missing(config, source, run, claim, sizes, names)
 
 
@@ -77,8 +77,8 @@ def prepare(config: PrecomputeConfig) -> tuple[PrecomputeConfig, Source, dict]:
         raise ValueError(f"output = {config.output!r}: lies in the source, {config.source!r}, which it would change; put it "
                          "elsewhere")
     source = sources.open_source(config.source, config.labels)
-    check_image_size(config.vae, config.image_size)
     vae = pin_revision(_begun_with(config) or config.vae)
+    check_image_size(vae, config.image_size)
     config = dataclasses.replace(config, vae=vae)
     run = run_folder.describe("precompute", config, {
         "source": source.fingerprint, "vae": vae_fingerprint(vae), "schema_version": latents.SCHEMA_VERSION})

@@ -9,7 +9,7 @@ import numpy as np
 
 from mdt_ray import checkpoints, config_io, storage
 from mdt_ray.config import EvaluateConfig, QuickstartConfig
-from mdt_ray.data import images, latents, readers, sources
+from mdt_ray.data import images, latents, listings, readers, sources
 from mdt_ray.evaluation import chunks
 from mdt_ray.report import figures
 
@@ -186,10 +186,10 @@ def _kept(evaluation: EvaluateConfig, count: int) -> tuple[np.ndarray, np.ndarra
 
 def _real_images(config: QuickstartConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
     source = sources.open_source(config.precompute.source, config.precompute.labels)
-    rows = sources.list_images(source).table.slice(0, count)
+    rows = listings.list_images(source).table.slice(0, count)
     piece = readers.read_few(source.folder, source.kind, rows)
-    pixels = [images.center_crop(images.decode_image(data.as_py()), config.precompute.image_size) for data in piece.data]
-    return np.stack(pixels), np.array(piece.labels)
+    found = images.decode_piece(piece, config.precompute.image_size, config.precompute.exif_rotation)
+    return found.images, np.array(found.labels)
 
 
 def _by_class(pictures: np.ndarray, labels: np.ndarray, count: int, per_class: int = 10) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mdt_ray import storage
-from mdt_ray.data import readers, sources
+from mdt_ray.data import listings, readers, sources
 from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
 
 PICTURES = [encoded(seed=i, kind="jpeg") for i in range(7)]
@@ -17,7 +17,7 @@ CLASSES = ["n02", "n01", "n02", "n03", "n01", "n01", "n03"]
 
 
 def read(source: sources.Source, piece_size: int = 3) -> list[tuple[str, int, bytes]]:
-    rows = sources.list_images(source).table
+    rows = listings.list_images(source).table
     found = []
     for piece in readers.read_pieces(source.folder, source.kind, rows, piece_size):
         assert len(piece.ids) == len(piece.labels) == len(piece.data) <= piece_size
@@ -62,7 +62,7 @@ def parquet(root):
 def test_every_kind_gives_the_same_images(tmp_path, make, kind, piece_size):
     source = sources.open_source(str(make(tmp_path / "source")))
     assert source.kind == kind
-    listing = sources.list_images(source)
+    listing = listings.list_images(source)
     assert listing.class_names == ["n01", "n02", "n03"], "numbered in the order of their names"
     found = read(source, piece_size)
     assert sorted((label, data) for _, label, data in found) == sorted(
@@ -122,20 +122,20 @@ def test_a_samples_other_pictures_are_not_it(tmp_path):
 
 def test_numbers_stay_numbers(tmp_path):
     write_tar(tmp_path / "t" / "a.tar", [m for i in range(3) for m in sample(f"{i}", PICTURES[i], 10 * i)])
-    listing = sources.list_images(sources.open_source(str(tmp_path / "t" / "a.tar")))
+    listing = listings.list_images(sources.open_source(str(tmp_path / "t" / "a.tar")))
     assert listing.table["label"].to_pylist() == [0, 10, 20]
     assert listing.class_names == [str(c) for c in range(21)]
 
 
 def test_folders_called_by_numbers_are_names(tmp_path):
     write_folder(tmp_path, [(f"{name}/x.png", PICTURES[0]) for name in ("2", "10", "9")])
-    assert sources.list_images(sources.open_source(str(tmp_path))).class_names == ["10", "2", "9"]
+    assert listings.list_images(sources.open_source(str(tmp_path))).class_names == ["10", "2", "9"]
 
 
 def test_names_of_classes_come_from_hugging_faces_description(tmp_path):
     description = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
     write_parquet(tmp_path / "s.parquet", [(PICTURES[0], 0)], {"huggingface": json.dumps(description)})
-    assert sources.list_images(sources.open_source(str(tmp_path / "s.parquet"))).class_names == ["cat", "dog"]
+    assert listings.list_images(sources.open_source(str(tmp_path / "s.parquet"))).class_names == ["cat", "dog"]
 
 
 def test_images_without_a_path_are_named_by_file_and_row(tmp_path):
@@ -153,21 +153,21 @@ def test_a_plain_binary_image_column_is_read(tmp_path):
 def test_any_rows_of_parquet_in_any_row_groups(tmp_path, row_group_size):
     write_parquet(tmp_path / "s.parquet", [(bytes([i]), i) for i in range(20)], row_group_size=row_group_size)
     source = sources.open_source(str(tmp_path / "s.parquet"))
-    table = sources.list_images(source).table
+    table = listings.list_images(source).table
     for rows in ([3], list(range(5, 17)), list(range(20)), [1, 2, 9, 10, 4], [19, 0]):
         pieces = readers.read_pieces(source.folder, source.kind, table.take(rows), 4)
         assert [d for piece in pieces for d in piece.data.to_pylist()] == [bytes([row]) for row in rows]
 
 
 def test_a_plan_is_read_part_by_part(tmp_path):
-    listing = sources.list_images(sources.open_source(str(imagenet(tmp_path / "source"))))
+    listing = listings.list_images(sources.open_source(str(imagenet(tmp_path / "source"))))
     uri = str(tmp_path / "plan.parquet")
-    sources.write_parts(uri, listing, [[4, 0, 2], [1], [6, 5, 3]])
-    rows, sizes, names = sources.read_parts(uri, [2])
+    listings.write_parts(uri, listing, [[4, 0, 2], [1], [6, 5, 3]])
+    rows, sizes, names = listings.read_parts(uri, [2])
     assert (sizes, names) == ([3, 1, 3], ["n01", "n02", "n03"])
     assert rows.equals(listing.table.take([6, 5, 3]))
-    assert sources.read_parts(uri, [])[0].num_rows == 0
-    assert sources.read_parts(uri)[0].num_rows == 7
+    assert listings.read_parts(uri, [])[0].num_rows == 0
+    assert listings.read_parts(uri)[0].num_rows == 7
 
 
 # Changes
@@ -219,7 +219,7 @@ def test_labels_are_part_of_the_fingerprint(tmp_path):
 
 def refused(path, message: str, **options) -> None:
     with pytest.raises(ValueError, match=message):
-        sources.list_images(sources.open_source(str(path), **options))
+        listings.list_images(sources.open_source(str(path), **options))
 
 
 def test_nothing_to_read_is_refused(tmp_path):
@@ -319,8 +319,8 @@ def test_a_large_row_group_is_read_in_parts_and_warned_of(tmp_path, monkeypatch,
     rows = [(np.random.default_rng(i).bytes(1_000_000), 0) for i in range(64)]
     path = write_parquet(tmp_path / "s.parquet", rows, row_group_size=1000, write_batch_size=2, use_dictionary=False)
     source = sources.open_source(str(path))
-    monkeypatch.setattr(sources, "LARGE_ROW_GROUP", 50)
-    table = sources.list_images(source).table
+    monkeypatch.setattr(listings, "LARGE_ROW_GROUP", 50)
+    table = listings.list_images(source).table
     assert "s.parquet has row groups of 64 rows" in caplog.text
     before = pa.total_allocated_bytes()
     pieces = readers.read_pieces(source.folder, source.kind, table, 4)
@@ -333,7 +333,7 @@ def test_sparse_rows_of_a_tar_do_not_read_all_of_it(tmp_path, monkeypatch):
     data = [rng.bytes(300_000) for _ in range(30)]
     path = write_tar(tmp_path / "a.tar", [m for i in range(30) for m in sample(f"{i:02d}", data[i], 0)])
     source = sources.open_source(str(path))
-    table = sources.list_images(source).table
+    table = listings.list_images(source).table
     read, limit = [], pa.total_allocated_bytes() + 3_000_000
     for piece in readers.read_pieces(source.folder, source.kind, table.take([0, 29]), 2):
         read += piece.data.to_pylist()
@@ -346,13 +346,13 @@ def test_a_table_of_labels_beside_a_folder_of_pictures(tmp_path):
     write_folder(tmp_path, [(f"images/{i}.jpg", data) for i, data in enumerate(PICTURES)])
     (tmp_path / "metadata.csv").write_text("file_name,label\n" + "\n".join(
         f"./images/{i}.jpg,{c}" for i, c in enumerate(CLASSES)))
-    listing = sources.list_images(sources.open_source(str(tmp_path)))
+    listing = listings.list_images(sources.open_source(str(tmp_path)))
     assert listing.class_names == ["n01", "n02", "n03"]
 
 
 def test_what_is_no_class_folder_makes_no_class(tmp_path):
     write_folder(imagenet(tmp_path / "source"), [(".ipynb_checkpoints/x.png", PICTURES[0]), ("__MACOSX/y.png", PICTURES[0])])
-    assert sources.list_images(sources.open_source(str(tmp_path / "source"))).class_names == ["n01", "n02", "n03"]
+    assert listings.list_images(sources.open_source(str(tmp_path / "source"))).class_names == ["n01", "n02", "n03"]
     write_folder(tmp_path / "parent", [("train/n01/x.png", PICTURES[0]), ("val/n01/y.png", PICTURES[0])])
     refused(tmp_path / "parent", r"its folders are train, val, not classes; name one of them as the source")
 
@@ -364,7 +364,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
 
 def test_a_file_that_vanishes_is_named(tmp_path):
     source = sources.open_source(str(imagenet(tmp_path)))
-    rows = sources.list_images(source).table
+    rows = listings.list_images(source).table
     (tmp_path / "n01" / "n01_4.JPEG").unlink()
     with pytest.raises(ValueError, match=r"n01/n01_4.JPEG: cannot be read .* put it back"):
         list(readers.read_pieces(source.folder, source.kind, rows, 4))

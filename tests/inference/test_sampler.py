@@ -10,7 +10,7 @@ import torch
 
 from mdt_ray import storage
 from mdt_ray.config import EvaluateConfig, SamplingConfig, VaeConfig
-from mdt_ray.data import readers, sources
+from mdt_ray.data import listings, readers, sources
 from mdt_ray.data.vae import load_vae
 from mdt_ray.evaluation import chunks
 from mdt_ray.evaluation.digits import load_digits_features
@@ -95,7 +95,7 @@ def test_a_finished_evaluation_is_read_and_a_missing_chunk_made_again(checkpoint
 def test_real_images_score_as_themselves():
     extractor = load_digits_features()
     source = sources.open_source("digits")
-    piece = readers.read_few(source.folder, source.kind, sources.list_images(source).table.slice(0, 600))
+    piece = readers.read_few(source.folder, source.kind, listings.list_images(source).table.slice(0, 600))
     real = chunks.reference_chunk(extractor, piece, 32, 10)
     assert real["images"].shape == (10, 32, 32, 3)
     measured = chunks.Measured(**{k: v for k, v in real.items() if k != "images"})

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mdt_ray import storage
 from mdt_ray.config import InspectConfig, VerifyConfig
-from mdt_ray.data import latents, sources
+from mdt_ray.data import latents, listings, sources
 from mdt_ray.jobs.latents import inspect, verify
 from mdt_ray.jobs.plan import plan_precompute
 from mdt_ray.jobs.precompute import precompute
@@ -114,7 +114,7 @@ def test_inspect_says_what_there_is(folder):
 
 def test_inspect_says_how_far_an_unfinished_job_is(folder):
     source = sources.open_source("digits")
-    sources.write_parts(str(folder / "plan.parquet"), sources.list_images(source), np.array_split(np.arange(1797), 7))
+    listings.write_parts(str(folder / "plan.parquet"), listings.list_images(source), np.array_split(np.arange(1797), 7))
     (folder / "manifest.json").unlink()
     (folder / "chunks").mkdir()
     for k in range(3):

@@ -14,9 +14,9 @@ import torch
 
 from mdt_ray import config_io, storage
 from mdt_ray.config import PrecomputeConfig, VaeConfig
-from mdt_ray.data import images, latents, readers, sources
+from mdt_ray.data import images, latents, listings, readers, sources
 from mdt_ray.data.vae import load_vae, to_unit_range
-from mdt_ray.jobs import decode, encode
+from mdt_ray.jobs import encode
 from mdt_ray.jobs.precompute import cut, precompute, prepare
 from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
 
@@ -76,7 +76,7 @@ def test_every_image_is_encoded_once(tmp_path, ray_session, make):
 
 
 def test_pictures_are_shuffled_over_the_files_and_other_sources_are_not(tmp_path):
-    listing = sources.list_images(sources.open_source(str(folders(tmp_path, 60))))
+    listing = listings.list_images(sources.open_source(str(folders(tmp_path, 60))))
     shuffled, same, in_order = (cut(listing, kind, 13) for kind in ("pictures", "pictures", "parquet"))
     assert [len(part) for part in shuffled] == [len(part) for part in in_order] == [12] * 5
     assert [part.tolist() for part in shuffled] == [part.tolist() for part in same]
@@ -108,10 +108,10 @@ def test_bf16_is_near_fp32_and_another_run(tmp_path, ray_session):
 def encode_here(config: PrecomputeConfig) -> dict:
     """One chunk by the real tasks and the real encoder, in this process."""
     config, source, _ = prepare(config)
-    rows = sources.list_images(source).table
+    rows = listings.list_images(source).table
     encoder = encode.Encoder(config_io.to_dict(config), source.folder, source.kind, "run", "", None)
     pieces = readers.read_pieces(source.folder, source.kind, rows, encode.piece_size(config))
-    decoded = [decode.decode(piece, config.image_size, config.exif_rotation) for piece in pieces]
+    decoded = [images.decode_piece(piece, config.image_size, config.exif_rotation) for piece in pieces]
     return {"moments": np.concatenate([encoder._encode(piece.images) for piece in decoded])}
 
 
@@ -171,30 +171,29 @@ def test_no_readable_image_is_refused(tmp_path, ray_session):
         precompute(encoding(tmp_path / "s.parquet", tmp_path / "out", max_rejected=1.0))
 
 
-class _Killed:
-    """Stands for a picture whose bytes crash the decoder: a real death of a real process."""
+KILLS = b"this one kills"
+"""Stands for a picture whose bytes crash the decoder."""
 
-    PICTURE = b"this one kills"
 
-    @staticmethod
-    def task():
-        import ray
+def deadly_decoder():
+    """A task that decodes, but whose process dies of one picture: a real death of a real process."""
+    import ray
 
-        @ray.remote(num_cpus=1, max_retries=1)
-        def decode_or_die(piece, image_size, exif_rotation):
-            if any(data.as_py() == b"this one kills" for data in piece.data):
-                os._exit(1)
-            return decode.decode(piece, image_size, exif_rotation)
+    @ray.remote(num_cpus=1, max_retries=1)
+    def decode_or_die(piece, image_size, exif_rotation):
+        if any(data.as_py() == KILLS for data in piece.data):
+            os._exit(1)
+        return images.decode_piece(piece, image_size, exif_rotation)
 
-        return decode_or_die
+    return decode_or_die
 
 
 def test_a_picture_that_kills_its_decoder_is_rejected_alone(tmp_path, ray_session, monkeypatch):
-    write_parquet(tmp_path / "s.parquet", [(_Killed.PICTURE if i == 2 else encoded(seed=i), 0) for i in range(8)])
+    write_parquet(tmp_path / "s.parquet", [(KILLS if i == 2 else encoded(seed=i), 0) for i in range(8)])
     config, source, run = prepare(encoding(tmp_path / "s.parquet", tmp_path / "out", chunk_size=8))
-    listing = sources.list_images(source)
-    sources.write_parts(str(tmp_path / "out" / decode.PLAN), listing, cut(listing, source.kind, 8))
-    monkeypatch.setattr(encode, "decode_piece", _Killed.task())
+    listing = listings.list_images(source)
+    listings.write_parts(str(tmp_path / "out" / listings.PLAN), listing, cut(listing, source.kind, 8))
+    monkeypatch.setattr(encode, "decode_piece", deadly_decoder())
     encoder = encode.Encoder(config_io.to_dict(config), source.folder, source.kind, run["name"], "", None)
     pieces = list(encoder._decoded(0))
     assert len(pieces) == 1
