@@ -126,11 +126,12 @@ def _encode_missing(config: PrecomputeConfig, source: Source, run: dict, claim: 
     missing = [chunk for chunk in range(len(sizes)) if chunk not in entries]
     if entries:
         logger.info("%d of %d files are there already", len(entries), len(sizes))
+    if missing:
+        session.start()
+        session.require_spare_cpu(config.workers)
+        _refuse_rejected(config, entries, sum(sizes))
     with progress.bar(sum(sizes), "image", "precompute", initial=sum(sizes[k] for k in entries)) as bar:
         if missing:
-            session.start()
-            session.require_spare_cpu(config.workers)
-            _refuse_rejected(config, entries, sum(sizes))
             with progress.watched(progress.Parts(bar, sizes, entries).show) as mailbox:
                 arguments = (config_io.to_dict(config), source.folder, source.kind, run["name"], claim, mailbox)
                 for row in fanout.run_chunks([{"chunk": k} for k in missing], Encoder, arguments, config.workers,
