@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from mdt_ray import config_io, storage
 from mdt_ray.config import PrecomputeConfig, VaeConfig
 from mdt_ray.data import images, latents, listings
-from mdt_ray.data.loader import LatentReader
+from mdt_ray.data.latent_reader import LatentReader
 from mdt_ray.data.vae import load_vae, to_unit_range
 from mdt_ray.jobs import fanout, progress, session
 from mdt_ray.jobs.encode import Encoder

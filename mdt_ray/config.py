@@ -271,12 +271,16 @@ class TrainConfig:
     """Equal parts of a batch that each have their own images and random numbers (at most as many workers)."""
     seed: int = 0
     """Seed of weights, order and noise."""
+    flip: bool = False
+    """Take the mirror image of every image with p = 0.5; needs latents precomputed with --flip."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Autocast dtype; auto takes bf16 where the hardware has it."""
     num_steps: int = operational(400_000)
     """Steps to train to."""
     workers: WorkersConfig = operational(WorkersConfig())
     """DDP workers."""
+    accumulation: int = operational(1)
+    """Micro-batches, of whole lanes, that a worker takes one after the other in a step: less memory, same gradients."""
     log_every_steps: int = operational(50)
     """Steps between two rows of metrics."""
     checkpoint_every_steps: int = operational(5_000)
@@ -287,7 +291,8 @@ class TrainConfig:
     """Also keep every checkpoint at a multiple of this step (0: none)."""
 
     def __post_init__(self):
-        for name in ("batch_size", "num_lanes", "num_steps", "log_every_steps", "checkpoint_every_steps", "keep_last"):
+        for name in ("batch_size", "num_lanes", "num_steps", "log_every_steps", "checkpoint_every_steps", "keep_last",
+                     "accumulation"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         require(self.model.kind != "dit" or self.loss.passes != "masked", "loss.passes", self.loss.passes,
                 "DiT has no masked pass; use 'full'")
@@ -295,6 +300,9 @@ class TrainConfig:
                 f"must divide batch_size = {self.batch_size}")
         require(self.workers.num_workers <= self.num_lanes, "workers.num_workers", self.workers.num_workers,
                 f"must not exceed num_lanes = {self.num_lanes}: a worker owns whole lanes")
+        require(self.workers.num_workers * self.accumulation <= self.num_lanes, "accumulation", self.accumulation,
+                f"times workers.num_workers = {self.workers.num_workers} must not exceed num_lanes = {self.num_lanes}: a "
+                "micro-batch is whole lanes")
 
 
 @dataclass(frozen=True, kw_only=True)

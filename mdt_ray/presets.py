@@ -74,6 +74,7 @@ def imagenet256(kind: str, size: str, patch_size: int) -> QuickstartConfig:
     workers = WorkersConfig(num_workers=8, cpus_per_worker=4, gpus_per_worker=1)
     training = TrainConfig(
         latents="runs/imagenet256/latents", output=f"{root}/train", precision="bf16", workers=workers,
+        flip=True,  # p = 0.5, as ADM and DiT
         model=ModelConfig(kind=kind, num_classes=1000, patch_size=patch_size, hidden_size=width, depth=depth,
                           num_heads=heads, decode_layer=V2_DECODE_LAYER[size] if v2 else 2),
         loss=LossConfig(mask_ratio=0.3, mask_ratio_span=0.2, min_snr_gamma=5.0) if v2 else LossConfig(mask_ratio=0.3),

@@ -43,6 +43,9 @@ def test_dotted_and_nested_overrides_agree():
     ({"loss.mask_ratio": -0.1}, r"loss.mask_ratio = -0.1"),
     ({"num_lanes": 7}, r"num_lanes = 7: must divide batch_size = 256"),
     ({"workers.num_workers": 65}, r"must not exceed num_lanes = 64"),
+    ({"accumulation": 0}, r"accumulation = 0: must be positive"),
+    ({"workers.num_workers": 8, "accumulation": 9},
+     r"accumulation = 9: times workers.num_workers = 8 must not exceed num_lanes = 64"),
     ({"model": {"input_size": 9}}, r"model.patch_size = 2: must divide the latent size 9"),
     ({"model": {"decode_layer": 13}}, r"model.decode_layer = 13: must be between 0 and depth"),
     ({"model": {"num_heads": 5}}, r"model.hidden_size = 384: must be divisible by num_heads = 5"),
@@ -63,11 +66,13 @@ def test_bad_files_are_named(tmp_path):
 
 def test_operational_fields_are_not_identity():
     base = TrainConfig()
-    same = dataclasses.replace(base, num_steps=7, workers=WorkersConfig(num_workers=3), output="elsewhere", keep_last=9)
+    same = dataclasses.replace(base, num_steps=7, workers=WorkersConfig(num_workers=3), output="elsewhere", keep_last=9,
+                               accumulation=4)
     other = dataclasses.replace(base, model=ModelConfig(depth=10))
     identity = config_io.identity_fields
     assert identity(base) == identity(same)
     assert config_io.difference(identity(base), identity(other)) == ["model.depth: 12 -> 10"]
+    assert config_io.difference(identity(base), identity(dataclasses.replace(base, flip=True))) == ["flip: False -> True"]
 
 
 def test_an_integer_learning_rate_names_the_same_run_as_a_float():
@@ -98,6 +103,13 @@ def test_published_recipe():
     assert (train.optim.lr, train.optim.weight_decay, train.optim.warmup_steps) == (3e-4, 0.0, 0)
     assert (train.batch_size, train.loss.mask_ratio, train.model.decode_layer) == (256, 0.3, 2)
     assert (train.ema.decay, train.ema.warmup, train.optim.schedule) == (0.9999, False, "constant")
+    assert train.flip, "flip with p = 0.5"
+
+
+def test_where_training_mirrors_precompute_encodes_mirror_images():
+    for config in map(presets.preset, presets.PRESETS):
+        assert config.train.flip == config.tune.train.flip == config.precompute.flip
+    assert not presets.digits().train.flip, "a mirrored digit is no digit"
 
 
 def test_mdtv2_recipe():

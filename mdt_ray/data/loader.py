@@ -7,15 +7,14 @@ B images of this rank, C latent channels, h x w latent size, L tokens.
 
 import queue
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from mdt_ray.config import NUM_TIMESTEPS
-from mdt_ray.data import latents
+from mdt_ray.config import NUM_TIMESTEPS, require
+from mdt_ray.data.latent_reader import LatentReader
 from mdt_ray.data.latents import Manifest
 from mdt_ray.data.order import WINDOW_GROUPS, Order, lanes_of, stream_seed
 
@@ -43,69 +42,6 @@ class Batch:
         return Batch(**moved)
 
 
-@dataclass(frozen=True)
-class _Group:
-    file: latents.LatentFile
-    group: int
-    rows: np.ndarray
-    """Rows of the group that are in the training split."""
-
-
-class LatentReader:
-    """Random access to the training split of a latents folder, with the most recent row groups kept in memory.
-
-    Raises ValueError (from the manifest) for missing, truncated or damaged files.
-    """
-
-    def __init__(self, folder: str, manifest: Manifest, max_groups: int):
-        self.folder, self.manifest, self.max_groups = folder, manifest, max_groups
-        self.groups = _training_groups(manifest)
-        self.starts = np.cumsum([0] + [len(g.rows) for g in self.groups])
-        self._cache: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()
-
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        """Training rows of each row group, in file order."""
-        return tuple(len(g.rows) for g in self.groups)
-
-    def read(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Latent moments (n, 2, C, h, w) float16 and labels (n,) of images given by their position in the split."""
-        groups = self.starts.searchsorted(images, side="right") - 1
-        rows = images - self.starts[groups]
-        moments = np.empty((len(images), 2, *self.manifest.shape), np.float16)
-        labels = np.empty(len(images), np.int64)
-        for group in np.unique(groups):
-            here = groups == group
-            arrays = self._load(int(group))
-            moments[here] = arrays["moments"][rows[here]]
-            labels[here] = arrays["label"][rows[here]]
-        return moments, labels
-
-    def _load(self, index: int) -> dict[str, np.ndarray]:
-        if index in self._cache:
-            self._cache.move_to_end(index)
-            return self._cache[index]
-        group = self.groups[index]
-        arrays = latents.read_group(self.folder, group.file, group.group, self.manifest.shape, flip=False)
-        whole = len(group.rows) == len(arrays["label"])  # then there is nothing to copy
-        self._cache[index] = arrays if whole else {name: values[group.rows] for name, values in arrays.items()}
-        if len(self._cache) > self.max_groups:
-            self._cache.popitem(last=False)
-        return self._cache[index]
-
-
-def _training_groups(manifest: Manifest) -> list[_Group]:
-    groups = []
-    for file in manifest.files:
-        train = np.ones(file.num_rows, bool)
-        train[file.validation_rows] = False
-        for number, first in enumerate(range(0, file.num_rows, file.rows_per_group)):
-            rows = np.flatnonzero(train[first:first + file.rows_per_group])
-            if len(rows):
-                groups.append(_Group(file=file, group=number, rows=rows))
-    return groups
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """The identity fields of training that decide what a batch holds."""
@@ -116,16 +52,29 @@ class LoaderConfig:
     num_classes: int
     class_dropout_prob: float
     num_tokens: int
+    flip: bool = False
+    """Take the mirror image of every image with p = 0.5."""
 
 
 class Loader:
-    """Batches of one rank from a given step on. Use as a context manager: it ends the reading thread."""
+    """Batches of one rank from a given step on. Use as a context manager: it ends the threads.
 
-    def __init__(self, folder: str, manifest: Manifest, config: LoaderConfig, rank: int, world_size: int):
+    Args: accumulation, the number of micro-batches into which the rank's lanes are cut.
+    Raises ValueError for too few lanes, and where mirror images are asked for that the latents do not have.
+    """
+
+    def __init__(self, folder: str, manifest: Manifest, config: LoaderConfig, rank: int, world_size: int,
+                 accumulation: int = 1):
+        require(1 <= accumulation <= config.num_lanes // world_size, "accumulation", accumulation,
+                f"must be at least 1, and times {world_size} workers not exceed num_lanes = {config.num_lanes}: a "
+                "micro-batch is whole lanes")
+        require(manifest.flip or not config.flip, "flip", config.flip,
+                f"{folder} holds no mirror images (moments_flip); run `mdt-ray precompute --flip`, or train with --no-flip")
         self.config = config
         self.lanes = lanes_of(rank, world_size, config.num_lanes)
+        self.parts = [part.tolist() for part in np.array_split(self.lanes, accumulation)]
         # Every lane works on one window of row groups and begins the next; all fit at once, and no more are kept.
-        self.reader = LatentReader(folder, manifest, max_groups=len(self.lanes) * (WINDOW_GROUPS + 2))
+        self.reader = LatentReader(folder, manifest, max_groups=len(self.lanes) * (WINDOW_GROUPS + 2), flip=config.flip)
         self.order = Order(self.reader.group_sizes, config.batch_size, config.num_lanes, config.seed)
         self.scale = manifest.vae["scale"]
         self.shift = manifest.vae["shift"]
@@ -133,22 +82,23 @@ class Loader:
         self._stop = threading.Event()
 
     def batch(self, step: int, attempt: int = 0) -> Batch:
-        """The batch of a step: images, noise, timesteps, masks and label drops, lane by lane."""
-        lanes = [self._lane(step, attempt, lane) for lane in self.lanes]
-        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, step, attempt, 0, "mask_ratio"))
-        draw = torch.rand((), generator=generator).item()
-        joined = {name: torch.cat([lane[name] for lane in lanes]) for name in lanes[0]}
-        return Batch(step=step, mask_ratio_draw=draw, **joined)
+        """The rank's whole batch of a step: images, noise, timesteps, masks and label drops, lane by lane."""
+        return self._batch(step, attempt, self.lanes)
 
-    def batches(self, first_step: int, attempt: int = 0) -> Iterator[Batch]:
-        """Endless batches from `first_step` on, read ahead by a thread. Errors of the thread are raised here."""
+    def micro_batches(self, step: int, attempt: int = 0) -> tuple[Batch, ...]:
+        """The same cut into `accumulation` parts of whole lanes, whose numbers differ by at most one."""
+        return tuple(self._batch(step, attempt, lanes) for lanes in self.parts)
+
+    def batches(self, first_step: int, attempt: int = 0) -> Iterator[tuple[Batch, ...]]:
+        """Endless micro-batches of the steps from `first_step` on, read ahead by a thread. Errors of the thread are raised
+        here."""
         ready: queue.Queue = queue.Queue(PREFETCH_BATCHES)
 
         def read_ahead() -> None:
             step = first_step
             while not self._stop.is_set():
                 try:
-                    item = self.batch(step, attempt)
+                    item = self.micro_batches(step, attempt)
                 except Exception as error:  # handed to the consumer, which raises it
                     item = error
                 while not self._stop.is_set():
@@ -174,6 +124,13 @@ class Loader:
     def __exit__(self, *_) -> None:
         self._stop.set()
 
+    def _batch(self, step: int, attempt: int, lanes: Iterable[int]) -> Batch:
+        parts = [self._lane(step, attempt, lane) for lane in lanes]
+        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, step, attempt, 0, "mask_ratio"))
+        draw = torch.rand((), generator=generator).item()
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return Batch(step=step, mask_ratio_draw=draw, **joined)
+
     def _lane(self, step: int, attempt: int, lane: int) -> dict[str, torch.Tensor]:
         config, size = self.config, self.order.lane_size
 
@@ -181,7 +138,8 @@ class Loader:
             return torch.Generator().manual_seed(stream_seed(config.seed, step, attempt, lane, stream))
 
         images = self._images(self.order.places(step, lane))
-        moments, labels = self.reader.read(images)
+        mirrored = (torch.rand(size, generator=generator("flip")) < 0.5).numpy() if config.flip else None
+        moments, labels = self.reader.read(images, mirrored)
         mean, std = torch.from_numpy(moments).float().unbind(1)  # 2 x (b, C, h, w)
         x_0 = mean + std * torch.randn(mean.shape, generator=generator("posterior"))
         y = torch.from_numpy(labels)
@@ -205,9 +163,14 @@ class Loader:
         """Images at places of the stream; a lane may span two epochs."""
         epochs, positions = places // self.order.num_images, places % self.order.num_images
         images = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            if epoch not in self._permutations:
-                self._permutations = {e: p for e, p in self._permutations.items() if e >= epoch - 1}
-                self._permutations[epoch] = self.order.permutation(int(epoch))
-            images[epochs == epoch] = self._permutations[epoch][positions[epochs == epoch]]
+        for epoch in np.unique(epochs).tolist():
+            images[epochs == epoch] = self._permutation(epoch)[positions[epochs == epoch]]
         return images
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        found = self._permutations.get(epoch)
+        if found is None:
+            found = self.order.permutation(epoch)
+            # A new dict, since another thread may be looking into the old one. A batch spans two epochs at most.
+            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1} | {epoch: found}
+        return found

@@ -23,8 +23,8 @@ class TrainingDiverged(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 
-def train(state: TrainState, module: nn.Module, batches: Iterable[Batch], config: TrainConfig, *, device: torch.device,
-          report: Callable[[dict], None], save: Callable[[TrainState], None]) -> None:
+def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch]], config: TrainConfig, *,
+          device: torch.device, report: Callable[[dict], None], save: Callable[[TrainState], None]) -> None:
     """Train `state` to config.num_steps.
 
     Args:
@@ -43,7 +43,7 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[Batch], config
         return
     if state.step == 0:
         save(state)
-    for batch in batches:
+    for (batch,) in batches:
         batch = batch.to(device)
         if meters.steps == 0 and world_size > 1:
             settle_buckets(module, batch)

@@ -94,7 +94,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     module = DistributedDataParallel(step) if world_size > 1 else step
     side = config.model.input_size // config.model.patch_size
     loader_config = LoaderConfig(batch_size=config.batch_size, num_lanes=config.num_lanes, seed=config.seed,
-                                 num_classes=config.model.num_classes, num_tokens=side * side,
+                                 num_classes=config.model.num_classes, num_tokens=side * side, flip=config.flip,
                                  class_dropout_prob=config.model.class_dropout_prob)
     facts = checkpoint_facts(config, manifest) | ({"started_from": started_from} if started_from else {})
 

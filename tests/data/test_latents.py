@@ -10,7 +10,8 @@ import torch
 
 from mdt_ray import storage
 from mdt_ray.data import latents
-from mdt_ray.data.loader import LatentReader, Loader, LoaderConfig
+from mdt_ray.data.latent_reader import LatentReader
+from mdt_ray.data.loader import Loader, LoaderConfig
 from tests.helpers import make_latents
 
 CONFIG = LoaderConfig(batch_size=24, num_lanes=12, seed=0, num_classes=10, class_dropout_prob=0.5, num_tokens=16)
@@ -80,7 +81,7 @@ def test_validation_rows_are_never_trained_on(folder):
     assert np.array_equal(labels, train.column("label").to_numpy())
     expected = np.stack([np.frombuffer(b.as_py(), np.float16).reshape(2, 4, 4, 4) for b in train.column("moments")])
     assert np.array_equal(moments, expected)
-    assert len(reader._cache) <= 3
+    assert len(reader._held) <= 3
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 12])
@@ -122,7 +123,7 @@ def test_batches_read_ahead_are_the_same_batches(folder):
     with loader(folder) as reader:
         ahead = reader.batches(5)
         for step in range(5, 9):
-            batch, expected = next(ahead), reader.batch(step)
+            (batch,), expected = next(ahead), reader.batch(step)
             assert batch.step == step
             assert torch.equal(batch.x_0, expected.x_0)
 

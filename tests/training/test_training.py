@@ -185,7 +185,7 @@ def prepared(folder, output, **changes):
 
 def poisoned(batches, steps):
     for batch in batches:
-        yield dataclasses.replace(batch, x_0=batch.x_0 * float("nan")) if batch.step in steps else batch
+        yield (dataclasses.replace(batch, x_0=batch.x_0 * float("nan")) if batch.step in steps else batch,)
 
 
 def train(config, state, module, batches) -> list[dict]:
