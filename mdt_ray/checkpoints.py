@@ -63,6 +63,12 @@ def steps_done(output: str) -> int:
     return step_of(found) if found else 0
 
 
+def newest_step(output: str) -> int:
+    """The step of the newest checkpoint by its name, without looking whether it is damaged; 0 if there is none."""
+    found = list_finished(output)
+    return step_of(found[-1]) if found else 0
+
+
 def is_here(uri: str) -> bool:
     """Whether `uri` is a checkpoint or a training output."""
     return any(storage.exists(storage.join(uri, name)) for name in (CHECKSUMS, CHECKPOINTS))
@@ -79,10 +85,11 @@ def resolve(uri: str) -> str:
 
 
 def write_metrics(uri: str, rows: list[dict]) -> None:
-    """Write a metrics.parquet, whole."""
-    storage.write_table(uri, pa.Table.from_pylist(rows))
+    """Write a metrics.parquet, whole. A row may lack columns; those are null."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    storage.write_table(uri, pa.table({name: [row.get(name) for row in rows] for name in names}))
 
 
 def read_metrics(uri: str) -> list[dict]:
-    """The rows of a metrics.parquet."""
-    return storage.read_table(uri).to_pylist()
+    """The rows of a metrics.parquet, each without the columns that it lacked."""
+    return [{name: value for name, value in row.items() if value is not None} for row in storage.read_table(uri).to_pylist()]

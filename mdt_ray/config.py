@@ -289,8 +289,18 @@ class TrainConfig:
     """Newest checkpoints kept."""
     keep_every_steps: int = operational(0)
     """Also keep every checkpoint at a multiple of this step (0: none)."""
+    validate_every_steps: int = operational(5_000)
+    """Steps between two measurements of the loss on held-out images, by the averaged weights (0: none)."""
+    min_workers: int = operational(0)
+    """Go on with as few as these when nodes are lost, and with more as nodes come (0: always with num_workers)."""
+    hang_timeout_s: float = operational(1800.0)
+    """Seconds without a step after which the workers' stacks are written and they are started again (0: never)."""
 
     def __post_init__(self):
+        for name in ("keep_every_steps", "validate_every_steps", "min_workers", "hang_timeout_s"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(self.min_workers <= self.workers.num_workers, "min_workers", self.min_workers,
+                f"must not exceed workers.num_workers = {self.workers.num_workers}")
         for name in ("batch_size", "num_lanes", "num_steps", "log_every_steps", "checkpoint_every_steps", "keep_last",
                      "accumulation"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")

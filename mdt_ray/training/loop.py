@@ -3,6 +3,8 @@
 Resume needs nothing but a restored state and batches that start at its step.
 """
 
+import contextlib
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,50 +13,64 @@ from torch import nn
 
 from mdt_ray.config import TrainConfig
 from mdt_ray.data.loader import Batch
+from mdt_ray.training import ranks
 from mdt_ray.training.ema import ema_decay, update_ema
 from mdt_ray.training.meters import Meters
 from mdt_ray.training.optim import clip_gradients, learning_rate
 from mdt_ray.training.state import TrainState
 
 MAX_SKIPPED_IN_A_ROW = 20
+STOP_CHECK_STEPS = 10
+"""Steps between two questions to all ranks whether to stop: often enough for a notice of 30 s, too rare to cost anything."""
 
 
-class TrainingDiverged(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
+class NonFiniteSteps(Exception):
+    """Too many steps in a row had a non-finite loss or gradient: time to go back to a checkpoint."""
 
 
-def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch]], config: TrainConfig, *,
-          device: torch.device, report: Callable[[dict], None], save: Callable[[TrainState], None]) -> None:
-    """Train `state` to config.num_steps.
+def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, ...]], config: TrainConfig, *,
+          device: torch.device, report: Callable[[dict], None], save: Callable[[TrainState], None],
+          validate: Callable[[TrainState], dict[str, float]] | None = None,
+          should_stop: Callable[[], bool] = lambda: False, beat: Callable[[], None] = lambda: None) -> bool:
+    """Train `state` to config.num_steps; returns whether it got there, or was asked to stop before.
 
     Args:
         state: updated in place; `state.step` says where to go on.
         module: the TrainingStep of state.model, wrapped in DDP where there is more than one rank.
-        batches: this rank's batches from state.step on.
+        batches: this rank's batches from state.step on, each in parts whose gradients are added up.
         report: called with every row of metrics, on every rank with the same row.
-        save: called at every checkpoint step, on every rank.
-    Raises TrainingDiverged after MAX_SKIPPED_IN_A_ROW steps without a finite gradient.
+        save: called at every checkpoint step and when stopping, on every rank.
+        validate: gives columns for the row of every validation step, on every rank.
+        should_stop: asked every STOP_CHECK_STEPS steps; all ranks stop at the same step where one says yes.
+        beat: called once a step, for whoever watches that there is progress.
+    Raises NonFiniteSteps where no step of MAX_SKIPPED_IN_A_ROW had a finite gradient, or the last one had none.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    meters = Meters(device, config.batch_size)
+    meters = Meters(device, config)
     skipped_in_a_row = torch.zeros((), device=device)
     model = state.model
     if state.step >= config.num_steps:
-        return
+        return True
     if state.step == 0:
         save(state)
-    for (batch,) in batches:
-        batch = batch.to(device)
+    batches = iter(batches)
+    while True:
+        started = time.perf_counter()
+        parts = [part.to(device) for part in next(batches)]
+        meters.waited += time.perf_counter() - started
         if meters.steps == 0 and world_size > 1:
-            settle_buckets(module, batch)
+            settle_buckets(module, parts[-1])
         lr = learning_rate(state.step, config.optim)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
 
-        losses = module(batch)
-        # A rank's share of the global mean: DDP averages over ranks, whose number of images may differ.
-        per_sample = sum(losses[name] for name in ("full", "masked") if name in losses)  # (B,)
-        (per_sample.sum() * world_size / config.batch_size).backward()
+        for part in parts:
+            with contextlib.nullcontext() if part is parts[-1] or world_size == 1 else module.no_sync():
+                losses = module(part)
+                # A rank's share of the global mean: DDP averages over ranks, whose number of images may differ.
+                per_sample = sum(losses[name] for name in ("full", "masked") if name in losses)  # (B,)
+                (per_sample.sum() * world_size / config.batch_size).backward()
+            meters.add(part.t, losses)
         grad_norm = clip_gradients(model, config.optim.clip_norm)
         # Decided on the device, after the all-reduce: every rank skips the same steps, without a host sync.
         found_inf = (~torch.isfinite(grad_norm)).float()
@@ -64,21 +80,27 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch]],
         state.optimizer.zero_grad(set_to_none=True)
         update_ema(state.ema, model, ema_decay(state.step, config.ema))
         state.step += 1
-        meters.add(losses, grad_norm, found_inf)
+        meters.add_step(grad_norm, found_inf)
+        beat()
 
         last = state.step >= config.num_steps
-        if state.step % config.log_every_steps == 0 or last:
-            row = {"step": state.step, "images_seen": state.step * config.batch_size, "lr": lr, **meters.collect()}
+        stopping = state.step % STOP_CHECK_STEPS == 0 and ranks.any_of(should_stop())
+        saving = state.step % config.checkpoint_every_steps == 0 or last or stopping
+        validating = validate is not None and state.step % config.validate_every_steps == 0
+        if state.step % config.log_every_steps == 0 or validating or saving:
+            row = {"step": state.step, "images_seen": state.step * config.batch_size, "attempt": state.attempt, "lr": lr,
+                   **meters.collect(steps_left=config.num_steps - state.step)}
+            if validating:
+                row |= validate(state)
+                meters.restart_clock()
             state.history.append(row)
             report(row)
-            if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise TrainingDiverged(
-                    f"no finite gradient in the last {int(skipped_in_a_row)} steps, at step {state.step}; the newest "
-                    "checkpoint is from before; lower optim.lr, set optim.clip_norm, or use precision fp32")
-        if state.step % config.checkpoint_every_steps == 0 or last:
+            if skipped_in_a_row >= (1 if last else MAX_SKIPPED_IN_A_ROW):
+                raise NonFiniteSteps(f"no finite gradient in the last {int(skipped_in_a_row)} steps, at step {state.step}")
+        if saving and not skipped_in_a_row:  # what follows a non-finite step is no place to come back to
             save(state)
-        if last:
-            return
+        if last or stopping:
+            return last
 
 
 def settle_buckets(module: nn.Module, batch: Batch) -> None:

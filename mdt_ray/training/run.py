@@ -1,11 +1,13 @@
 """What a worker of a training run does between being started and the loop. No Ray: any launcher may call `run_rank`."""
 
 import copy
+import functools
 import logging
+import socket
+import time
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mdt_ray import checkpoints, config_io, storage
@@ -14,14 +16,21 @@ from mdt_ray.data.latents import Manifest
 from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.inference.convert import load_any, origin_of
 from mdt_ray.models.transfer import transfer
-from mdt_ray.training import loop
+from mdt_ray.training import loop, ranks
 from mdt_ray.training import state as states
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.state import TrainState
 from mdt_ray.training.step import TrainingStep, build_model
+from mdt_ray.training.validation import Validation
+from mdt_ray.training.watchdog import Watchdog
+from mdt_ray.training.writer import Writer
 
 logger = logging.getLogger(__name__)
 METRICS = "metrics.parquet"
+STACKS = "stacks"
+"""In a training output: where the threads of a rank were that made no progress."""
+MAX_RETURNS = 3
+"""Returns to one checkpoint before a run with non-finite gradients is given up."""
 INIT_FROM = "init_from.txt"
 """In a training output: what was taken from the weights that it started from, and what is new."""
 
@@ -60,9 +69,13 @@ def checkpoint_facts(config: TrainConfig, manifest: Manifest) -> dict:
             "class_names": manifest.class_names, "num_classes": config.model.num_classes}
 
 
+class TrainingDiverged(RuntimeError):
+    """The gradients became non-finite again after every return to the same checkpoint."""
+
+
 def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 0, world_size: int = 1,
              device: torch.device | str = "cpu", report: Callable[[dict], None] = lambda row: None,
-             may_write: Callable[[], bool] = lambda: True) -> TrainState:
+             may_write: Callable[[], bool] = lambda: True, should_stop: Callable[[], bool] = lambda: False) -> TrainState:
     """Train as one rank, from the newest checkpoint of config.output or from the start, to config.num_steps.
 
     Args:
@@ -71,13 +84,49 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
         rank, world_size: of a torch.distributed group that exists already where world_size > 1.
         report: gets every row of metrics, on rank 0 only.
         may_write: asked before a checkpoint is written, on rank 0 only; False ends the run.
+        should_stop: asked now and then; where it says yes on any rank, all write a checkpoint and return.
     Raises ValueError for bad latents or checkpoints, TrainingDiverged if the loss stays non-finite, RuntimeError if
     another run took over the output.
     """
     device = torch.device(device)
+    dtype = autocast_dtype(config.precision, device)
+    keep = functools.partial(_keep_stacks, config.output, rank)
+    with Writer() as writer, Watchdog(config.hang_timeout_s, keep) as watchdog:
+        state, facts = _initial(config, manifest, rank, device)
+        module = TrainingStep(state.model, config.loss, dtype)
+        module = DistributedDataParallel(module) if world_size > 1 else module
+        validation = _validation(config, manifest, rank, world_size, device, dtype)
+
+        def save(state: TrainState) -> None:
+            if rank == 0:
+                if not may_write():
+                    raise RuntimeError(f"{config.output} was taken over by another run; this one stops")
+                writer.submit(_publishing(state, config, run, facts))
+            watchdog.beat()
+
+        if rank == 0:
+            storage.clear_leftovers(storage.join(config.output, checkpoints.CHECKPOINTS))
+            logger.info("rank 0 of %d: %d training images, %d held out, %d lanes, %s, %d threads, from step %d", world_size,
+                        manifest.num_train, manifest.num_rows - manifest.num_train, config.num_lanes, dtype or torch.float32,
+                        torch.get_num_threads(), state.step)
+        returns: dict[int, int] = {}  # how often, by the step returned to
+        while True:
+            with Loader(config.latents, manifest, loader_config(config), rank, world_size, config.accumulation) as loader:
+                try:
+                    loop.train(state, module, loader.batches(state.step, state.attempt), config, device=device, save=save,
+                               report=report if rank == 0 else lambda row: None, validate=validation,
+                               should_stop=should_stop, beat=watchdog.beat)
+                    return state
+                except loop.NonFiniteSteps as error:
+                    writer.wait()
+                    _go_back(state, config, returns, error)
+
+
+def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.device) -> tuple[TrainState, dict]:
+    """The state to begin with: the newest checkpoint's, that of other weights, or a fresh one; and facts for checkpoints."""
     torch.manual_seed(config.seed)  # the weights' initial values; every other draw has a generator of its own
     model = build_model(config.model, config.loss.passes).train().to(device)
-    found, started_from = checkpoints.latest(config.output), None
+    found, started_from = _newest(config.output), None
     if config.init_from and not found:
         done, started_from = transfer(model, load_any(config.init_from)), origin_of(config.init_from)
         if rank == 0:
@@ -89,30 +138,66 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     if found:
         states.restore(state, found)
         started_from = storage.read_json(storage.join(found, "state.json")).get("started_from")
-    dtype = autocast_dtype(config.precision, device)
-    step = TrainingStep(model, config.loss, dtype)
-    module = DistributedDataParallel(step) if world_size > 1 else step
-    side = config.model.input_size // config.model.patch_size
-    loader_config = LoaderConfig(batch_size=config.batch_size, num_lanes=config.num_lanes, seed=config.seed,
-                                 num_classes=config.model.num_classes, num_tokens=side * side, flip=config.flip,
-                                 class_dropout_prob=config.model.class_dropout_prob)
     facts = checkpoint_facts(config, manifest) | ({"started_from": started_from} if started_from else {})
+    return state, facts
 
-    def save(state: TrainState) -> None:
+
+def _newest(output: str) -> str | None:
+    """The newest whole checkpoint, found by rank 0 for all: one check of its files, and no two opinions."""
+    first = ranks.is_first()
+    return ranks.from_first(checkpoints.latest(output) if first else None)
+
+
+def loader_config(config: TrainConfig) -> LoaderConfig:
+    """What decides a batch's content."""
+    side = config.model.input_size // config.model.patch_size
+    return LoaderConfig(batch_size=config.batch_size, num_lanes=config.num_lanes, seed=config.seed, flip=config.flip,
+                        num_classes=config.model.num_classes, num_tokens=side * side,
+                        class_dropout_prob=config.model.class_dropout_prob)
+
+
+def _validation(config: TrainConfig, manifest: Manifest, rank: int, world_size: int, device: torch.device,
+                dtype: torch.dtype | None) -> Callable[[TrainState], dict] | None:
+    if not config.validate_every_steps:
+        return None
+    validation = Validation(config.latents, manifest, rank, world_size, device, dtype)
+    if not validation.num_images:
         if rank == 0:
-            if not may_write():
-                raise RuntimeError(f"{config.output} was taken over by another run; this one stops")
-            states.save_checkpoint(state, config.output, run, facts)
-            checkpoints.write_metrics(storage.join(config.output, METRICS), state.history)
-            states.prune_checkpoints(config.output, config.keep_last, config.keep_every_steps)
-        if world_size > 1:
-            dist.barrier()  # a checkpoint counts when every rank got there
+            logger.warning("no validation loss: the latents hold out no image; precompute with --validation-share 0.01")
+        return None
+    return lambda state: validation.loss(state.ema)
 
-    if rank == 0:
-        storage.clear_leftovers(storage.join(config.output, checkpoints.CHECKPOINTS))
-        logger.info("rank 0 of %d: %d training images, %d lanes, %s, %d threads, from step %d", world_size,
-                    manifest.num_train, config.num_lanes, dtype or torch.float32, torch.get_num_threads(), state.step)
-    with Loader(config.latents, manifest, loader_config, rank, world_size) as loader:
-        loop.train(state, module, loader.batches(state.step, state.attempt), config, device=device, save=save,
-                   report=report if rank == 0 else lambda row: None)
-    return state
+
+def _publishing(state: TrainState, config: TrainConfig, run: dict, facts: dict) -> Callable[[], None]:
+    """A copy of the state is taken now; what is returned writes it, for good measure with the metrics beside it."""
+    write, history = states.snapshot(state, config.output, run, facts), list(state.history)
+
+    def publish() -> None:
+        write()
+        checkpoints.write_metrics(storage.join(config.output, METRICS), history)
+        states.prune_checkpoints(config.output, config.keep_last, config.keep_every_steps)
+
+    return publish
+
+
+def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], error: loop.NonFiniteSteps) -> None:
+    """Restore the newest checkpoint with other random draws to come. Raises TrainingDiverged after MAX_RETURNS to one."""
+    attempt, found = state.attempt, _newest(config.output)
+    if found is None:
+        raise TrainingDiverged(f"{error}, and there is no checkpoint to return to") from error
+    step = checkpoints.step_of(found)
+    returns[step] = returns.get(step, 0) + 1
+    if returns[step] > MAX_RETURNS:
+        raise TrainingDiverged(f"{error}; {MAX_RETURNS} returns to step {step} with other random draws ended alike; lower "
+                               "optim.lr, set optim.clip_norm, or use precision fp32, in another output folder") from error
+    states.restore(state, found)
+    state.attempt = max(attempt, state.attempt) + 1
+    logger.warning("%s; going back to step %d, with other random draws (attempt %d)", error, step, state.attempt)
+
+
+def _keep_stacks(output: str, rank: int, text: str) -> None:
+    name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-rank-{rank}.txt"
+    uri = storage.join(output, STACKS, name)
+    head = f"rank {rank} on {socket.gethostname()} made no step for too long; its threads, innermost call first:\n\n"
+    storage.write_bytes(uri, (head + text).encode())
+    logger.error("rank %d made no step for too long; %s says where it was; it ends, to be started again", rank, uri)

@@ -10,10 +10,13 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map
 
 from mdt_ray import checkpoints, storage
 from mdt_ray.checkpoints import CHECKPOINTS, CHECKSUMS
@@ -38,18 +41,42 @@ def save_checkpoint(state: TrainState, output: str, run: dict, facts: dict) -> s
 
     `run` is the content of run.json; `facts` are stored in state.json beside the step.
     """
+    return snapshot(state, output, run, facts)()
+
+
+def snapshot(state: TrainState, output: str, run: dict, facts: dict) -> Callable[[], str]:
+    """Copy the state to the host's memory; returns what writes the copy, also from another thread while training goes on."""
     uri = storage.join(output, CHECKPOINTS, checkpoints.name(state.step))
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "checkpoint"
-        state.model.save_pretrained(folder / "model")
-        state.ema.save_pretrained(folder / "ema")
-        torch.save(state.optimizer.state_dict(), folder / "optimizer.pt")
-        values = {"step": state.step, "attempt": state.attempt, **facts}
-        (folder / "state.json").write_text(json.dumps(values, indent=1))
-        (folder / "run.json").write_text(json.dumps(run, indent=1))
-        checkpoints.write_metrics(str(folder / "metrics.parquet"), state.history)
-        checkpoints.publish(folder, uri)
-    return uri
+    modules = {"model": _copy(state.model), "ema": _copy(state.ema)}
+    optimizer = tree_map(_to_host, state.optimizer.state_dict())
+    values = {"step": state.step, "attempt": state.attempt, **facts}
+    history = list(state.history)
+
+    def write() -> str:
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "checkpoint"
+            for name, module in modules.items():
+                module.save_pretrained(folder / name)
+            torch.save(optimizer, folder / "optimizer.pt")
+            (folder / "state.json").write_text(json.dumps(values, indent=1))
+            (folder / "run.json").write_text(json.dumps(run, indent=1))
+            checkpoints.write_metrics(str(folder / "metrics.parquet"), history)
+            checkpoints.publish(folder, uri)
+        return uri
+
+    return write
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """The module with its weights copied to the host; nothing more is allocated on the device."""
+    with torch.device("meta"):
+        shell = type(module).from_config(module.config)
+    shell.load_state_dict({name: _to_host(value) for name, value in module.state_dict().items()}, assign=True)
+    return shell
+
+
+def _to_host(value: object) -> object:
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def restore(state: TrainState, uri: str) -> None:

@@ -1,0 +1,40 @@
+"""What ranks tell each other beside gradients: small facts between the hosts' CPUs, which never wait for a GPU's queue."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or alone."""
+    return not _several() or dist.get_rank() == 0
+
+
+def any_of(value: bool) -> bool:
+    """Whether it is true on any rank. Every rank must call it."""
+    if not _several():
+        return value
+    flag = torch.tensor(float(value))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=_hosts(dist.group.WORLD))
+    return bool(flag)
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value (anything that pickles). Every rank must call it."""
+    if not _several():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0, group=_hosts(dist.group.WORLD))
+    return holder[0]
+
+
+def _several() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+@functools.cache
+def _hosts(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The default group if it runs on CPUs, else one that does, made once for it."""
+    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")

@@ -1,0 +1,201 @@
+"""What a run without Ray does when it goes wrong: non-finite steps, hangs, a wish to stop, a checkpoint that fails."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from mdt_ray import checkpoints
+from mdt_ray.config import LossConfig
+from mdt_ray.data import latents
+from mdt_ray.data.loader import Loader
+from mdt_ray.training import run as training
+from mdt_ray.training import state as states
+from mdt_ray.training.watchdog import EXIT_CODE
+from mdt_ray.training.writer import Writer
+from tests.conftest import ROOT
+from tests.helpers import make_latents, tiny_training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    make_latents(folder, num_images=130)
+    return folder
+
+
+def run(config, **arguments):
+    manifest = latents.open_manifest(config.latents)
+    config = dataclasses.replace(config, model=training.resolve_model(config.model, manifest))
+    return training.run_rank(config, manifest, {}, **arguments)
+
+
+def poison(monkeypatch, is_bad):
+    """Make latents non-finite where is_bad(step, attempt)."""
+
+    class Poisoned(Loader):
+        def batches(self, first_step, attempt=0):
+            for parts in super().batches(first_step, attempt):
+                factor = float("nan") if is_bad(parts[0].step, attempt) else 1.0
+                yield tuple(dataclasses.replace(part, x_0=part.x_0 * factor) for part in parts)
+
+    monkeypatch.setattr(training, "Loader", Poisoned)
+
+
+# Non-finite steps
+
+
+def test_non_finite_steps_send_the_run_back_with_other_draws(folder, tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, lambda step, attempt: attempt == 0 and step >= 12)
+    config = tiny_training(folder, tmp_path, num_steps=40)
+    state = run(config)
+    assert (state.step, state.attempt) == (40, 1)
+    assert "at step 32; going back to step 10, with other random draws (attempt 1)" in caplog.text
+    assert [row["step"] for row in state.history] == list(range(1, 41))
+    assert [row["attempt"] for row in state.history] == [0] * 10 + [1] * 30
+    assert all(row["skipped_steps"] == 0 and math.isfinite(row["loss"]) for row in state.history)
+    assert checkpoints.latest(str(tmp_path)).endswith("40")
+
+
+def test_no_checkpoint_is_written_amid_non_finite_steps(folder, tmp_path, monkeypatch):
+    """Steps 20 and 30 are amid them: the run returns to 10, where all was well."""
+    poison(monkeypatch, lambda step, attempt: attempt == 0 and step >= 12)
+    seen = []
+    run(tiny_training(folder, tmp_path, num_steps=35, keep_last=9),
+        report=lambda row: seen.append((row["step"], row["attempt"], checkpoints.list_finished(str(tmp_path))[-1][-2:])))
+    assert (seen[31][2] and str(seen[31][0]), seen[31][1]) == ("32", 0)
+    assert {newest for step, attempt, newest in seen if attempt == 0 and step > 12} == {"10"}
+
+
+def test_a_run_that_stays_non_finite_stops(folder, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda step, attempt: step >= 12)
+    with pytest.raises(training.TrainingDiverged, match=r"no finite gradient in the last 20 steps, at step 32; 3 returns to "
+                                                        r"step 10 with other random draws ended alike; lower optim.lr"):
+        run(tiny_training(folder, tmp_path, num_steps=99))
+    assert checkpoints.latest(str(tmp_path)).endswith("10")
+
+
+def test_a_return_is_the_same_after_a_restart(folder, tmp_path, monkeypatch):
+    """What was trained after a return resumes with its own draws, bit for bit."""
+    poison(monkeypatch, lambda step, attempt: attempt == 0 and step >= 12)
+    straight = run(tiny_training(folder, tmp_path / "straight", num_steps=40))
+    run(tiny_training(folder, tmp_path / "resumed", num_steps=30))
+    resumed = run(tiny_training(folder, tmp_path / "resumed", num_steps=40))
+    assert resumed.attempt == 1
+    assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+# Hangs
+
+HANGING = """
+import sys, threading, time
+from tests.training.test_faults import run, tiny_training, Loader, training
+class Hanging(Loader):
+    def batches(self, first_step, attempt=0):
+        for parts in super().batches(first_step, attempt):
+            if parts[0].step == 12:
+                {hang}
+            yield parts
+training.Loader = Hanging
+run(tiny_training(sys.argv[1], sys.argv[2], hang_timeout_s=3.0))
+"""
+
+
+@pytest.mark.parametrize("hang", ["threading.Event().wait()", "import re; re.match('(a+)+$', 'a' * 60 + 'b')"],
+                         ids=["waiting", "holding the interpreter"])
+def test_a_hang_leaves_its_stacks_and_ends_the_process(folder, tmp_path, hang):
+    done = subprocess.run([sys.executable, "-c", HANGING.format(hang=hang), folder, tmp_path], cwd=ROOT, timeout=120,
+                          capture_output=True, text=True)
+    if hang.startswith("threading"):
+        assert done.returncode == EXIT_CODE, done.stderr
+        text, = (path.read_text() for path in (tmp_path / "stacks").glob("*-rank-0.txt"))
+        assert "made no step for too long" in text
+    else:  # no thread of Python can run: the stacks are on stderr
+        assert done.returncode == 1, done.stderr
+        text = done.stderr
+    assert "in batches" in text
+    assert "in run_rank" in text
+    assert checkpoints.latest(str(tmp_path)).endswith("10")
+
+
+# A wish to stop
+
+
+def test_a_wish_to_stop_ends_in_a_checkpoint_and_goes_on_bit_for_bit(folder, tmp_path):
+    straight = run(tiny_training(folder, tmp_path / "straight", num_steps=30))
+    seen = []
+    stopped = run(tiny_training(folder, tmp_path / "stopped", num_steps=30, checkpoint_every_steps=25), report=seen.append,
+                  should_stop=lambda: len(seen) >= 13)
+    assert stopped.step == 20
+    assert checkpoints.latest(str(tmp_path / "stopped")).endswith("20")
+    resumed = run(tiny_training(folder, tmp_path / "stopped", num_steps=30, checkpoint_every_steps=25))
+    assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
+    assert len(resumed.history) == 30
+
+
+# Checkpoints in the background
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(folder, tmp_path, monkeypatch):
+    """The write of step 10 waits for the row of step 15, which could not come if the loop waited for the write."""
+    fifteen, publish = threading.Event(), checkpoints.publish
+
+    def slow(local, uri):
+        if uri.endswith("10"):
+            assert fifteen.wait(60)
+        publish(local, uri)
+
+    monkeypatch.setattr(checkpoints, "publish", slow)
+    straight = run(tiny_training(folder, tmp_path / "a"), report=lambda row: row["step"] == 15 and fifteen.set())
+    monkeypatch.undo()
+    run(tiny_training(folder, tmp_path / "b", num_steps=10))
+    a, b = (tmp_path / name / "checkpoints" / "step-00000010" for name in "ab")
+    for path in ("optimizer.pt", "model/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors"):
+        assert (a / path).read_bytes() == (b / path).read_bytes(), f"{path}: what was copied at step 10, not what came later"
+    assert straight.step == 20
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(folder, tmp_path, monkeypatch):
+    def full(local, uri):
+        raise OSError(28, "No space left on device", uri)
+
+    monkeypatch.setattr(checkpoints, "publish", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tiny_training(folder, tmp_path))
+
+
+def test_writes_keep_their_order_and_their_errors_come_out():
+    order = []
+
+    def slow():
+        time.sleep(0.2)
+        order.append("first")
+
+    with Writer() as writer:
+        writer.submit(slow)
+        writer.submit(lambda: order.append("second"))
+    assert order == ["first", "second"]
+    with pytest.raises(ZeroDivisionError), Writer() as writer:
+        writer.submit(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("kind", ["mdt_v1", "dit"])
+def test_a_snapshot_is_a_whole_copy(folder, tmp_path, kind):
+    model = dataclasses.replace(tiny_training(folder, tmp_path).model, kind=kind)
+    loss = LossConfig(passes="full") if kind == "dit" else LossConfig()
+    state = run(tiny_training(folder, tmp_path, num_steps=3, model=model, loss=loss))
+    before = [parameter.clone() for parameter in state.model.parameters()]
+    write = states.snapshot(state, str(tmp_path / "copy"), {}, {})
+    with torch.no_grad():
+        for parameter in (*state.model.parameters(), *state.ema.parameters()):
+            parameter.zero_()
+    state.optimizer.state_dict()["state"][0]["exp_avg"].zero_()
+    states.restore(state, write())
+    assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+    assert any(parameter.any() for parameter in state.ema.parameters())
+    assert state.optimizer.state_dict()["state"][0]["exp_avg"].any()
