@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -19,6 +20,7 @@ from mdt_ray.config import (
     TuneConfig,
     VerifyConfig,
 )
+from mdt_ray.interrupts import Stopped
 
 
 class Job(NamedTuple):
@@ -50,8 +52,10 @@ JOBS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a job; returns the exit code: 0 only on success, 1 for a failed job, 2 for a wrong command line."""
+    """Run a job; returns the exit code: 0 only on success, 1 for a failed job, 2 for a wrong command line, 128 + the number
+    of the signal for one that was asked to stop."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    typed = list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -69,6 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(run(job, command.settings, command.dry_run))
         return 0
+    except Stopped as stop:
+        print(f"mdt-ray {job}: {stop}; this goes on:\n  {shlex.join(['mdt-ray', *typed])}", file=sys.stderr)
+        return 128 + stop.signum
     except KeyboardInterrupt:
         print(f"\nmdt-ray {job}: stopped; the same command goes on", file=sys.stderr)
         return 130

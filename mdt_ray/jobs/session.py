@@ -17,7 +17,7 @@ WAITING_CPUS = 2
 QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a worker's print would appear twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s delays every start and restart
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nothing here acts on its notices
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver looks for itself (jobs/nodes.py)
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",  # the jobs draw their own
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -1,27 +1,35 @@
 """Job `train`: latents -> checkpoints, as DDP workers of Ray Train.
 
-Restart is ours: every launch takes the newest checkpoint, also the ones that replace lost workers.
+Restart is ours: every launch takes the newest checkpoint, whether workers were lost, asked to stop because their node will
+go, or because more fit. So one path does all of it, and it is the path of every resume.
 """
 
+import contextlib
 import dataclasses
+import functools
 import logging
+import time
 import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray.train
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import TrainConfig
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
 from mdt_ray.inference import convert
-from mdt_ray.jobs import fanout, progress, session
-from mdt_ray.training.loop import TrainingDiverged
-from mdt_ray.training.run import INIT_FROM, resolve_model, run_rank
+from mdt_ray.interrupts import Stopped, Wish, stop_signals
+from mdt_ray.jobs import control, fanout, nodes, progress, session
+from mdt_ray.training.run import INIT_FROM, STACKS, TrainingDiverged, resolve_model, run_rank
 
 logger = logging.getLogger(__name__)
-MAX_WORKER_FAILURES = 10
+MAX_FAILURES = 10
+"""Losses of workers without a new checkpoint in between, after which a run is given up."""
+PATIENCE_SECONDS = 15.0
+"""How long a launch waits for room for all workers before it takes fewer, where it may."""
 FINAL = (ValueError, TrainingDiverged)
 """Failures that would come back: the workers are not started again."""
 
@@ -60,8 +68,8 @@ def is_finished(config: TrainConfig) -> bool:
 def train(config: TrainConfig) -> str:
     """Train to config.num_steps; returns the URI of the newest checkpoint. Does nothing where that is done.
 
-    Raises ValueError as `prepare`, and if the output holds another run or has another writer; what a worker raised, once it
-    failed too often.
+    Raises ValueError as `prepare`, and if the output holds another run or has another writer; Stopped after a signal, with
+    a checkpoint written; what a worker raised, once it failed too often.
     """
     config, _, run = prepare(config)
     run_folder.check_identity(config.output, run)
@@ -71,51 +79,100 @@ def train(config: TrainConfig) -> str:
             if config.init_from and not checkpoints.list_finished(config.output):
                 logger.info("starting from %s; %s lists what is taken and what is new", config.init_from,
                             storage.join(config.output, INIT_FROM))
-            _fit_with_retries(config, run, token)
+            with stop_signals() as wish, _shown(config) as on_row:
+                _train_to_the_end(config, run, token, wish, on_row)
     return checkpoints.resolve(config.output)
 
 
-def _fit_with_retries(config: TrainConfig, run: dict, token: str) -> None:
-    """Launch workers until they finish. A lost one (killed, its node gone) costs a relaunch from the newest checkpoint."""
-    for failures in range(MAX_WORKER_FAILURES + 1):
-        try:
-            return _fit(config, run, token)
-        except FINAL:
-            raise
-        except Exception as error:
-            if failures == MAX_WORKER_FAILURES:
-                raise
-            logger.warning("a training worker was lost (%s); going on from the newest checkpoint", error)
-
-
-def _fit(config: TrainConfig, run: dict, token: str) -> None:
-    first = checkpoints.steps_done(config.output)
+@contextlib.contextmanager
+def _shown(config: TrainConfig) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What is done with a row of metrics on the driver."""
+    first = checkpoints.newest_step(config.output)
     with progress.bar(config.num_steps * config.batch_size, "image", "train", first * config.batch_size) as bar:
 
         def show(row: dict[str, Any]) -> None:
             bar.set_postfix_str(f"step {row['step']}/{config.num_steps} loss {row['loss']:.3f}", refresh=False)
             bar.update(row["images_seen"] - bar.n)
 
-        with progress.watched(show) as mailbox:
-            workers = config.workers
-            trainer = TorchTrainer(
-                _worker,
-                train_loop_config={"config": config_io.to_dict(config), "run": run, "mailbox": mailbox,
-                                   "token": token},
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=workers.num_workers, use_gpu=workers.gpus_per_worker > 0,
-                    resources_per_worker={"CPU": workers.cpus_per_worker} |
-                                         ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})),
-                run_config=ray.train.RunConfig(
-                    # A used name would make Ray resume from its own snapshot; ours is the only truth.
-                    name=f"{run['name']}-{uuid.uuid4().hex[:8]}",
-                    storage_path=storage.join(config.output, "ray")))
-            try:
-                trainer.fit()
-            except ray.train.TrainingFailedError as error:
-                raise _cause(error) from None
-            finally:
-                storage.remove(storage.join(config.output, "ray"))
+        yield show
+
+
+def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on_row: Callable[[dict], None]) -> None:
+    """Launch workers until they finish. What ends them before costs a launch from the newest checkpoint."""
+    failures, step = 0, checkpoints.newest_step(config.output)
+    while True:
+        num_workers = _wait_for_room(config, wish)
+        stacks = set(storage.list_names(storage.join(config.output, STACKS)))
+        reason = None
+        try:
+            if wish.signum is None:
+                reason = _launch(config, run, token, num_workers, wish, on_row)
+                if reason is None:
+                    return
+        except FINAL:
+            raise
+        except Exception as error:
+            failures = 1 if checkpoints.newest_step(config.output) > step else failures + 1
+            if failures > MAX_FAILURES:
+                raise
+            hung = sorted(set(storage.list_names(storage.join(config.output, STACKS))) - stacks)
+            logger.warning("a training worker was lost (%s)%s; going on from the newest checkpoint", error,
+                           f"; where it hung: {storage.join(config.output, STACKS, hung[0])}" if hung else "")
+        step = checkpoints.newest_step(config.output)
+        if wish.signum is not None:
+            raise Stopped(wish.signum, f"stopped; the checkpoint of step {step} is written")
+        if reason is not None:
+            logger.warning("%s: starting the workers again from step %d", reason, step)
+
+
+def _wait_for_room(config: TrainConfig, wish: Wish) -> int:
+    """Workers to launch: all that are wanted where they fit, after a while as many as fit but min_workers at least."""
+    wanted, least = config.workers.num_workers, config.min_workers or config.workers.num_workers
+    started = told = time.monotonic()
+    while wish.signum is None:
+        room, now = min(nodes.room_for(config.workers), wanted), time.monotonic()
+        if room == wanted or (room >= least and now - started > PATIENCE_SECONDS):
+            if room < wanted:
+                logger.warning("going on with %d of %d workers: the cluster has no room for more", room, wanted)
+            return room
+        if now - told > 60:
+            told = now
+            logger.warning("waiting for room for %d workers; there is some for %d (`ray status` shows what takes it)",
+                           least, room)
+        time.sleep(control.POLL_SECONDS)
+    return wanted
+
+
+def _launch(config: TrainConfig, run: dict, token: str, num_workers: int, wish: Wish,
+            on_row: Callable[[dict], None]) -> str | None:
+    """Start workers and wait for them; returns why they were asked to stop, or None where they finished."""
+    workers, channel = config.workers, control.open_control()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config_io.to_dict(config), "run": run, "control": channel, "token": token},
+        # The watchdog, which says where a rank hangs, comes first; this is for what it cannot see.
+        torch_config=TorchConfig(timeout_s=int(2 * config.hang_timeout_s) or 3600),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers, use_gpu=workers.gpus_per_worker > 0,
+            resources_per_worker={"CPU": workers.cpus_per_worker} |
+                                 ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})),
+        run_config=ray.train.RunConfig(
+            # A used name would make Ray resume from its own snapshot; ours is the only truth.
+            name=f"{run['name']}-{uuid.uuid4().hex[:8]}", storage_path=storage.join(config.output, "ray"),
+            # Workers that cannot be placed are for us to count again, not for Ray to try without end.
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0)))
+    try:
+        return control.watch(functools.partial(_fit, trainer), channel, config, num_workers, wish, on_row)
+    finally:
+        storage.remove(storage.join(config.output, "ray"))
+        ray.kill(channel)
+
+
+def _fit(trainer: TorchTrainer) -> None:
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise _cause(error) from None
 
 
 def _cause(error: ray.train.TrainingFailedError) -> BaseException:
@@ -129,8 +186,10 @@ def _worker(settings: dict[str, Any]) -> None:
     """One DDP rank, inside a Ray Train worker."""
     config = config_io.from_dict(TrainConfig, settings["config"])
     session.settle(config.workers)
-    context, mailbox = ray.train.get_context(), settings["mailbox"]
-    run_rank(config, latents.open_manifest(config.latents), settings["run"], rank=context.get_world_rank(),
-             world_size=context.get_world_size(), device=get_device(),
-             report=lambda row: mailbox.put.remote(row),
-             may_write=lambda: run_folder.holds(config.output, settings["token"]))
+    rank, channel = ray.train.get_context().get_world_rank(), settings["control"]
+    channel.arrive.remote(rank, ray.get_runtime_context().get_node_id())
+    run_rank(config, latents.open_manifest(config.latents), settings["run"], rank=rank,
+             world_size=ray.train.get_context().get_world_size(), device=get_device(),
+             report=lambda row: channel.put.remote(row),
+             may_write=lambda: run_folder.holds(config.output, settings["token"]),
+             should_stop=control.Asked(channel) if rank == 0 else lambda: False)

@@ -1,0 +1,150 @@
+"""What the driver and the workers of a training run tell each other while it runs, and how the driver watches over them.
+
+Workers leave rows of metrics and say on which node they are. Asked by the driver to stop, they write a checkpoint and end.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mdt_ray.config import TrainConfig
+from mdt_ray.interrupts import Wish
+from mdt_ray.jobs import nodes
+
+POLL_SECONDS = 0.5
+GROW_AFTER_SECONDS = 30.0
+"""How long there must be room for another worker before the run is restarted with it, which costs about as much."""
+ANSWER_SECONDS = 30.0
+STOPPED, PREEMPTED, GROWS = "asked to stop", "a node is about to go", "there is room for more workers"
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class Control:
+    """Rows that the driver has not taken yet, the workers' nodes, and whether they are asked to stop."""
+
+    def __init__(self):
+        self.rows: list[dict[str, Any]] = []
+        self.nodes: dict[int, str] = {}
+        self.stop = False
+
+    def put(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def take(self) -> list[dict[str, Any]]:
+        rows, self.rows = self.rows, []
+        return rows
+
+    def arrive(self, rank: int, node: str) -> None:
+        self.nodes[rank] = node
+
+    def where(self) -> dict[int, str]:
+        return self.nodes
+
+    def ask_to_stop(self) -> None:
+        self.stop = True
+
+    def asked(self) -> bool:
+        return self.stop
+
+
+def open_control() -> Any:
+    """A Control on the driver's node, which is lost only with the driver."""
+    here = ray.get_runtime_context().get_node_id()
+    return Control.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True)).remote()
+
+
+class Asked:
+    """In a worker: whether the driver asked to stop, looked up by a thread, so that calling it costs nothing."""
+
+    def __init__(self, control: Any):
+        self._control = control
+        self._asked = False
+        threading.Thread(target=self._poll, daemon=True, name="stop-poll").start()
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _poll(self) -> None:
+        while not self._asked:
+            time.sleep(POLL_SECONDS)
+            try:
+                self._asked = ray.get(self._control.asked.remote(), timeout=ANSWER_SECONDS)
+            except RayError:
+                continue  # a lost actor is made anew; a lost driver ends this process
+
+
+def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_workers: int, wish: Wish,
+          on_row: Callable[[dict[str, Any]], None]) -> str | None:
+    """Run `fit`, which launches the workers and waits for them, in a thread; hand their rows to `on_row` meanwhile and ask
+    them to stop where there is a reason. Returns the reason, or None where they ended by themselves.
+
+    Raises what `fit` raises, unless the workers were asked to stop because of a signal.
+    """
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            fit()
+        except BaseException as error:  # raised below, in the thread that waits
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="fit")
+    thread.start()
+    growth = _Growth(config, num_workers)
+    reason = None
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        _hand_over(control, on_row)
+        if reason is None:
+            reason = _reason(control, wish, growth)
+            if reason is not None:
+                control.ask_to_stop.remote()
+    _hand_over(control, on_row)
+    if failure:
+        raise failure[0]
+    return reason
+
+
+def _hand_over(control: Any, on_row: Callable[[dict[str, Any]], None]) -> None:
+    try:
+        rows = ray.get(control.take.remote(), timeout=ANSWER_SECONDS)
+    except RayError:
+        return  # a lost actor costs rows on the screen, never the run
+    for row in rows:
+        on_row(row)
+
+
+def _reason(control: Any, wish: Wish, growth: "_Growth") -> str | None:
+    if wish.signum is not None:
+        return STOPPED
+    going = nodes.draining()
+    if going:
+        try:
+            if going & set(ray.get(control.where.remote(), timeout=ANSWER_SECONDS).values()):
+                return PREEMPTED
+        except RayError:
+            return None
+    return GROWS if growth.is_due() else None
+
+
+class _Growth:
+    """Whether more workers fit than run, for long enough."""
+
+    def __init__(self, config: TrainConfig, num_workers: int):
+        self.workers = config.workers
+        self.wanted = config.workers.num_workers - num_workers
+        self.since: float | None = None
+
+    def is_due(self) -> bool:
+        if self.wanted <= 0:
+            return False
+        if nodes.room_for(self.workers) < 1:
+            self.since = None
+            return False
+        self.since = self.since or time.monotonic()
+        return time.monotonic() - self.since > GROW_AFTER_SECONDS

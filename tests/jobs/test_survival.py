@@ -1,0 +1,113 @@
+"""Training that is stopped, hangs, or loses nodes: real processes, real signals, nothing lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from mdt_ray import checkpoints
+from tests import harness
+from tests.conftest import ROOT
+from tests.helpers import make_latents
+from tests.jobs.test_kills import TRAIN
+from tests.training.test_training import without_times
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, ray_session):
+    folder = tmp_path_factory.mktemp("survival")
+    make_latents(folder / "latents", num_images=200)
+    return folder
+
+
+def command(folder, name: str, *more: str) -> list[str]:
+    return ["train", "--latents", f"{folder}/latents", "--output", f"{folder}/{name}", *TRAIN, *more]
+
+
+def rows(folder, name: str) -> list[dict]:
+    return checkpoints.read_metrics(str(folder / name / "metrics.parquet"))
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    from mdt_ray.jobs import session
+
+    return subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", *arguments], env=session.environment(), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(moment, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not moment():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_in_a_checkpoint_and_the_command_that_goes_on(folder, number):
+    name = f"stopped-{number}"
+    process = start(command(folder, name, "--num-steps", "100000", "--checkpoint-every-steps", "30"))
+    wait_for(lambda: checkpoints.newest_step(str(folder / name)) >= 60, process)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, text
+    step = int(re.search(r"stopped; the checkpoint of step (\d+) is written; this goes on:", text)[1])
+    assert f"mdt-ray train --latents {folder}/latents --output {folder}/{name}" in text.splitlines()[-1]
+    assert checkpoints.latest(str(folder / name)).endswith(f"{step}")
+    assert [row["step"] for row in rows(folder, name)] == list(range(1, step + 1))
+    assert harness.leftovers(folder / name) == []
+    harness.run_here(command(folder, name, "--num-steps", str(step + 10), "--checkpoint-every-steps", "30"))
+    harness.run_here(command(folder, "straight", "--num-steps", str(step + 10), "--checkpoint-every-steps", "1000"))
+    assert without_times(rows(folder, name)) == without_times(rows(folder, "straight"))
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_noticed_and_all_go_on(folder):
+    """One of two workers is stopped (SIGSTOP); the other waits for it in the all-reduce, says so, and both are replaced."""
+    name = "hang"
+    process = start(command(folder, name, "--num-steps", "400", "--checkpoint-every-steps", "10", "--hang-timeout-s", "15",
+                            "--workers.num-workers", "2"))
+    wait_for(lambda: checkpoints.newest_step(str(folder / name)) >= 20, process)
+    stopped = harness.ray_process("RayTrainWorker")
+    os.kill(stopped, signal.SIGSTOP)
+    text, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, text
+    stacks = list((folder / name / "stacks").glob("*.txt"))
+    assert len(stacks) >= 1
+    assert "all_reduce" in stacks[0].read_text() or "backward" in stacks[0].read_text()
+    assert "where it hung: " in text
+    assert "going on from the newest checkpoint" in text
+    assert not psutil.pid_exists(stopped)
+    assert [row["step"] for row in rows(folder, name)] == list(range(1, 401))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["loss", "preemption"])
+def test_nodes_that_go_and_come(folder, scenario):
+    """Two nodes of one worker each. Lost: goes on with one, and with two once there is another node. Told to go: a
+    checkpoint just in time (there is no other), and on with one."""
+    outside = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-m", "tests.jobs.train_nodes", scenario, f"{folder}/latents",
+                           f"{folder}/{scenario}"], env=outside, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["code"] == 128 + signal.SIGTERM
+    found = rows(folder, scenario)
+    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+    counts = [row["num_workers"] for row in found]
+    changes = [counts[0]] + [b for a, b in zip(counts, counts[1:], strict=False) if a != b]
+    assert changes == ([2, 1, 2] if scenario == "loss" else [2, 1])
+    if scenario == "preemption":
+        step = int(re.search(r"a node is about to go: starting the workers again from step (\d+)", seen["log"])[1])
+        assert counts.index(1) == step, "no step was done twice"
+    harness.run_here(command(folder, f"{scenario}-straight", "--num-steps", "40"))
+    for one, two in zip(without_times(rows(folder, f"{scenario}-straight")), found, strict=False):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
