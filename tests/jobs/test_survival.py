@@ -1,5 +1,6 @@
 """Training that is stopped, hangs, or loses nodes: real processes, real signals, nothing lost."""
 
+import itertools
 import json
 import os
 import re
@@ -103,7 +104,7 @@ def test_nodes_that_go_and_come(folder, scenario):
     found = rows(folder, scenario)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     counts = [row["num_workers"] for row in found]
-    changes = [counts[0]] + [b for a, b in zip(counts, counts[1:], strict=False) if a != b]
+    changes = [counts[0]] + [b for a, b in itertools.pairwise(counts) if a != b]
     assert changes == ([2, 1, 2] if scenario == "loss" else [2, 1])
     if scenario == "preemption":
         step = int(re.search(r"a node is about to go: starting the workers again from step (\d+)", seen["log"])[1])
