@@ -5,7 +5,6 @@ import logging
 import os
 
 import ray
-import torch
 
 from mdt_ray.config import WorkersConfig
 
@@ -52,18 +51,40 @@ def require_spare_cpu(workers: WorkersConfig) -> None:
     a cluster may grow, so there it is a warning."""
     have = ray.cluster_resources().get("CPU", 0)
     taken = 0 if workers.gpus_per_worker else workers.num_workers * workers.cpus_per_worker
-    if taken + 1 <= have:
-        return
-    text = (f"workers.num_workers = {workers.num_workers}: with {workers.cpus_per_worker:g} CPUs each they take all of the "
-            f"{have:g} that Ray has, and reading and decoding needs at least one")
+    if taken + 1 > have:
+        _refuse(f"workers.num_workers = {workers.num_workers}: with {workers.cpus_per_worker:g} CPUs each they take all of "
+                f"the {have:g} that Ray has, and reading and decoding needs at least one", "use fewer")
+
+
+def require_room(workers: WorkersConfig) -> None:
+    """Raise ValueError where this machine's Ray cannot hold the workers, a warning on a cluster. What others take of it now
+    does not count: that may become free."""
+    room = sum(num_fitting(node["Resources"], workers) for node in ray.nodes() if node["Alive"])
+    if workers.num_workers > room:
+        have = ray.cluster_resources()
+        _refuse(f"workers.num_workers = {workers.num_workers}: with {workers.cpus_per_worker:g} CPUs and "
+                f"{workers.gpus_per_worker:g} GPUs each, Ray has room for {room} (it has {have.get('CPU', 0):g} CPUs and "
+                f"{have.get('GPU', 0):g} GPUs)", "use fewer or smaller ones")
+
+
+def num_fitting(resources: dict[str, float], workers: WorkersConfig) -> int:
+    """How many workers an empty node with these total resources holds."""
+    needs = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
+    # Ray counts resources in units of 1e-4, so that 0.3 CPUs hold three workers of 0.1.
+    return min(int(round(resources.get(name, 0) * 1e4) // round(need * 1e4)) for name, need in needs.items() if need)
+
+
+def _refuse(text: str, remedy: str) -> None:
     if os.environ.get("RAY_ADDRESS"):
         logger.warning("%s; waiting for more nodes", text)
     else:
-        raise ValueError(f"{text}; use fewer")
+        raise ValueError(f"{text}; {remedy}")
 
 
 def settle(workers: WorkersConfig) -> str:
     """In a worker process: as many torch threads as it reserved CPUs; returns the device to work on."""
+    import torch  # here, because the preflight's tasks load this module and have no second to spare for it
+
     torch.set_num_threads(max(1, int(workers.cpus_per_worker)))
     return "cuda" if workers.gpus_per_worker else "cpu"
 

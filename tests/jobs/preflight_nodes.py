@@ -1,0 +1,112 @@
+"""The preflight on a cluster of nodes on this machine: a head without CPUs, a node that claims a GPU, one with a disk of its own.
+
+Run as a process of its own (Ray holds one cluster a process):  python -m tests.jobs.preflight_nodes FOLDER
+Prints one JSON line: what each check raised and logged, and the nodes' ids.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from mdt_ray.config import WorkersConfig
+from tests.helpers import make_latents, tiny_training
+
+STORE = 80 * 2**20
+
+
+def wait(moment) -> None:
+    end = time.monotonic() + 60
+    while not moment():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.05)
+
+
+def start_node(address: str, hidden: Path | None) -> subprocess.Popen:
+    """A node in a mount namespace, where an empty file system covers `hidden`."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", address, "--num-cpus", "1",
+               "--object-store-memory", str(STORE), "--disable-usage-stats", "--block"]
+    if hidden:
+        command = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "sh", *command]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def checking(raylet: psutil.Process | None = None) -> int:
+    """How many processes of Ray are in the check now."""
+    titles = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+    return sum(title.startswith("ray::examine") for title in titles)
+
+
+def main(folder: str) -> dict:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from mdt_ray.jobs import preflight
+
+    root = Path(folder)
+    manifest = make_latents(root / "latents")
+    (root / "out").mkdir()
+    may_mount = subprocess.run(["unshare", "-rm", "true"], stderr=subprocess.DEVNULL).returncode == 0
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE,
+                                                            "include_dashboard": False})
+    apart = start_node(cluster.address, root / "out" if may_mount else None)
+    try:
+        gpu = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
+        os.environ["RAY_ADDRESS"] = cluster.address  # a cluster, which may grow
+        ray.init(address=cluster.address, log_to_driver=False)
+        wait(lambda: len(preflight.worker_nodes(WorkersConfig())) == 2)
+        other, = {n["NodeID"] for n in preflight.worker_nodes(WorkersConfig())} - {gpu.node_id}
+        seen = {"may_mount": may_mount, "gpu": gpu.node_id[:12], "apart": other[:12]}
+
+        def check(scenario: str, **workers) -> None:
+            records: list[str] = []
+            handler = logging.Handler()
+            handler.emit = lambda record: records.append(f"{record.levelname} {record.getMessage()}")
+            logging.getLogger("mdt_ray").addHandler(handler)
+            error = ""
+            try:
+                preflight.check_nodes(tiny_training(root / "latents", root / "out", workers=WorkersConfig(**workers)), manifest)
+            except ValueError as refusal:
+                error = str(refusal)
+            logging.getLogger("mdt_ray").removeHandler(handler)
+            seen[scenario] = {"error": error, "log": records, "left": sorted(p.name for p in (root / "out").iterdir())}
+
+        logging.getLogger("mdt_ray").setLevel(logging.INFO)
+        check("own disk", num_workers=3)
+
+        path = root / "latents" / manifest.files[0].name
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)  # who opens it waits for a writer
+        thread = threading.Thread(target=check, args=("lost",))
+        thread.start()
+        wait(lambda: checking() == 2)
+        for process in reversed([*psutil.Process(apart.pid).children(recursive=True)]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        apart.kill()
+        wait(lambda: len(preflight.worker_nodes(WorkersConfig())) == 1)
+        path.open("wb").close()
+        thread.join()
+        path.unlink()
+        path.write_bytes(content)
+
+        check("fine")
+        check("no GPU", gpus_per_worker=1)
+    finally:
+        apart.kill()
+        apart.wait()
+        ray.shutdown()
+        cluster.shutdown()
+    return seen
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
