@@ -1,4 +1,4 @@
-"""The preflight on a cluster of nodes on this machine: a head without CPUs, a node that claims a GPU, one with a disk of its own.
+"""The preflight on several nodes on this machine: a head without CPUs, one that claims a GPU, one with a disk of its own.
 
 Run as a process of its own (Ray holds one cluster a process):  python -m tests.jobs.preflight_nodes FOLDER
 Prints one JSON line: what each check raised and logged, and the nodes' ids.
@@ -38,7 +38,15 @@ def start_node(address: str, hidden: Path | None) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def checking(raylet: psutil.Process | None = None) -> int:
+def kill_all(process: subprocess.Popen) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+    process.kill()
+    process.wait()
+
+
+def checking() -> int:
     """How many processes of Ray are in the check now."""
     titles = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
     return sum(title.startswith("ray::examine") for title in titles)
@@ -54,11 +62,12 @@ def main(folder: str) -> dict:
     manifest = make_latents(root / "latents")
     (root / "out").mkdir()
     may_mount = subprocess.run(["unshare", "-rm", "true"], stderr=subprocess.DEVNULL).returncode == 0
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE,
-                                                            "include_dashboard": False})
-    apart = start_node(cluster.address, root / "out" if may_mount else None)
+    cluster = Cluster(initialize_head=True, head_node_args={
+        "num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False,
+        "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 3}})  # sees a death sooner
+    gpu = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
+    apart = start_node(cluster.address, root / "out" if may_mount else None)  # not before: of two at a time, one may hang
     try:
-        gpu = cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=STORE)
         os.environ["RAY_ADDRESS"] = cluster.address  # a cluster, which may grow
         ray.init(address=cluster.address, log_to_driver=False)
         wait(lambda: len(preflight.worker_nodes(WorkersConfig())) == 2)
@@ -72,7 +81,8 @@ def main(folder: str) -> dict:
             logging.getLogger("mdt_ray").addHandler(handler)
             error = ""
             try:
-                preflight.check_nodes(tiny_training(root / "latents", root / "out", workers=WorkersConfig(**workers)), manifest)
+                config = tiny_training(root / "latents", root / "out", workers=WorkersConfig(**workers))
+                preflight.check_nodes(config, manifest)
             except ValueError as refusal:
                 error = str(refusal)
             logging.getLogger("mdt_ray").removeHandler(handler)
@@ -88,10 +98,7 @@ def main(folder: str) -> dict:
         thread = threading.Thread(target=check, args=("lost",))
         thread.start()
         wait(lambda: checking() == 2)
-        for process in reversed([*psutil.Process(apart.pid).children(recursive=True)]):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        apart.kill()
+        kill_all(apart)
         wait(lambda: len(preflight.worker_nodes(WorkersConfig())) == 1)
         path.open("wb").close()
         thread.join()
@@ -101,8 +108,7 @@ def main(folder: str) -> dict:
         check("fine")
         check("no GPU", gpus_per_worker=1)
     finally:
-        apart.kill()
-        apart.wait()
+        kill_all(apart)
         ray.shutdown()
         cluster.shutdown()
     return seen
