@@ -16,7 +16,7 @@ import torch
 from mdt_ray.config import NUM_TIMESTEPS, require
 from mdt_ray.data.latent_reader import LatentReader
 from mdt_ray.data.latents import Manifest
-from mdt_ray.data.order import WINDOW_GROUPS, Order, lanes_of, stream_seed
+from mdt_ray.data.order import NUM_SLOTS, Order, lanes_of, stream_seed
 
 PREFETCH_BATCHES = 4
 
@@ -74,7 +74,7 @@ class Loader:
         self.lanes = lanes_of(rank, world_size, config.num_lanes)
         self.parts = [part.tolist() for part in np.array_split(self.lanes, accumulation)]
         # Every lane works on one window of row groups and begins the next; all fit at once, and no more are kept.
-        self.reader = LatentReader(folder, manifest, max_groups=len(self.lanes) * (WINDOW_GROUPS + 2), flip=config.flip)
+        self.reader = LatentReader(folder, manifest, max_groups=len(self.lanes) * (NUM_SLOTS + 2), flip=config.flip)
         self.order = Order(self.reader.group_sizes, config.batch_size, config.num_lanes, config.seed)
         self.scale = manifest.vae["scale"]
         self.shift = manifest.vae["shift"]

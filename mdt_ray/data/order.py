@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW_GROUPS = 8
-"""Row groups whose rows are mixed within a lane: what a lane holds in memory, and how far an image can travel."""
+NUM_SLOTS = 16
+"""Row groups that a lane draws from at a time: what it holds in memory. Fewer make batches more regular than random ones,
+since a lane's share of the classes is then fixed (their counts vary by 1 - 1/16 of what random draws would)."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +55,29 @@ class Order:
     def permutation(self, epoch: int) -> np.ndarray:
         """Image at each position of an epoch, (N,) int64.
 
-        The row groups are shuffled and laid end to end; each lane gets one stretch of them and reads it in windows of a few
-        row groups, whose rows are shuffled. So a lane touches few row groups, while a batch draws from all over the data.
+        The file order is cut into W bands, each band into a stretch for every lane. A lane has one stretch of each band: its
+        slots. It reads a slot's row groups one after another, in random order and with their rows shuffled, and takes its
+        next image from a slot drawn at random. So a lane holds W row groups at a time, while every batch draws from all over
+        the data, whatever their order. (W = NUM_SLOTS, P pieces: what is left of row groups where stretches end in one.)
         """
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        sizes = np.asarray(self.group_sizes)
-        starts = np.concatenate([[0], sizes.cumsum()[:-1]])
-        shuffled = rng.permutation(len(sizes))
-        images = np.concatenate([np.arange(starts[g], starts[g] + sizes[g]) for g in shuffled])  # (N,)
         # An epoch need not start at a batch's start, so the lane of a position shifts from epoch to epoch.
         places = epoch * self.num_images + np.arange(self.num_images)  # (N,)
         lanes = places % self.batch_size // self.lane_size  # (N,)
-        window = WINDOW_GROUPS * int(sizes.max())
-        counts = np.bincount(lanes, minlength=self.num_lanes)  # (L,)
-        for first, count in zip(counts.cumsum() - counts, counts, strict=True):
-            for low in range(first, first + count, window):
-                rng.shuffle(images[low:min(low + window, first + count)])
+        counts = np.bincount(lanes, minlength=self.num_lanes)[:, None]  # (L, 1)
+        lengths = counts // NUM_SLOTS + (np.arange(NUM_SLOTS) < counts % NUM_SLOTS)  # (L, W), images of each slot
+        stretches = np.concatenate([rng.permutation(self.num_lanes) * NUM_SLOTS + k for k in range(NUM_SLOTS)])  # (L W,)
+        slots = np.repeat(stretches, lengths.ravel()[stretches])  # (N,), of each image; slot k of lane j is j W + k
+        groups = np.repeat(np.arange(len(self.group_sizes)), self.group_sizes)  # (N,)
+        edges = (np.diff(slots, prepend=-1) != 0) | (np.diff(groups, prepend=-1) != 0)  # (N,), where a piece begins
+        owners = slots[edges]  # (P,), the slot of each piece
+        ranks = np.empty_like(owners)
+        ranks[np.lexsort((rng.random(len(owners)), owners))] = np.arange(len(owners))  # slot by slot, pieces at random
+        images = (ranks[edges.cumsum() - 1] + rng.random(self.num_images)).argsort(kind="stable")  # (N,), rows at random
+        slots = slots[images]  # (N,), ascending
+        drawn = slots[(slots // NUM_SLOTS + rng.random(self.num_images)).argsort(kind="stable")]  # (N,), lane by lane
         permutation = np.empty_like(images)
-        permutation[lanes.argsort(kind="stable")] = images
+        permutation[lanes.argsort(kind="stable")[drawn.argsort(kind="stable")]] = images
         return permutation
 
 

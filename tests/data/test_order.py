@@ -1,11 +1,14 @@
 """The order of training: permutation, no repeats, lanes that depend on nothing but (seed, step, attempt, lane)."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from mdt_ray.data.order import Order, lanes_of, stream_seed
+from mdt_ray.data.order import NUM_SLOTS, Order, lanes_of, stream_seed
 
 orders = st.builds(
     lambda sizes, lanes, lane_size, seed: Order(tuple(sizes), lanes * lane_size, lanes, seed),
@@ -54,24 +57,87 @@ def test_a_lane_touches_few_row_groups():
     permutation = order.permutation(0)
     images = np.concatenate([permutation[order.places(n, 7)] for n in range(100)])
     assert len(images) == 400
-    assert len(np.unique(images // 128)) <= 10
+    assert len(np.unique(images // 128)) <= 2 * NUM_SLOTS
+    assert len(np.unique(images[:4] // 128)) == 4, "yet neighbours come from different ones"
 
 
-def test_batches_mix_classes_of_sorted_files():
-    """Class histograms of batches drawn from class-sorted rows look like random draws (chi-square, p > 0.01)."""
-    from scipy import stats
-
-    num_classes, order = 10, Order((64,) * 400, 256, 64, 3)
-    labels = np.arange(order.num_images) * num_classes // order.num_images
+def test_a_lane_needs_few_row_groups_at_a_time():
+    """Between the first and the last image that it reads of a group, a lane needs it."""
+    order = Order((128,) * 1000, 256, 64, 0)
     permutation = order.permutation(0)
-    statistics = []
-    for n in range(order.num_images // order.batch_size):
-        batch = labels[permutation[n * 256:(n + 1) * 256]]
-        counts = np.bincount(batch, minlength=num_classes)
-        statistics.append(stats.chisquare(counts).statistic)
-    # The sum of independent chi-square statistics is one of as many degrees of freedom.
-    p = stats.chi2.sf(sum(statistics), (num_classes - 1) * len(statistics))
-    assert p > 0.01
+    groups = np.concatenate([permutation[order.places(n, 7)] for n in range(500)]) // 128
+    needed = [np.unique(groups[:i + 1][np.isin(groups[:i + 1], groups[i:])]).size for i in range(0, len(groups), 10)]
+    assert max(needed) <= NUM_SLOTS
+
+
+# Shuffling. What a batch holds of each class, of files sorted by class, against random draws.
+
+
+def histograms(permutation: np.ndarray, num_classes: int, size: int) -> np.ndarray:
+    """Counts (windows, classes) of an epoch cut into windows of `size` images."""
+    labels = np.arange(len(permutation)) * num_classes // len(permutation)
+    windows = np.arange(len(permutation)) // size
+    table = np.zeros((windows[-1] + 1, num_classes), int)
+    np.add.at(table, (windows, labels[permutation]), 1)
+    return table[:-1] if len(permutation) % size < size // 2 else table
+
+
+def share_as_extreme(permutations: list[np.ndarray], num_classes: int, size: int) -> float:
+    """Two-sided p of chi-square for "windows of `size` images are drawn at random from the epoch".
+
+    An epoch is drawn without replacement, so its windows vary less than independent draws, and are correlated: given the
+    sums over windows and classes, they are a contingency table of independent factors, whose statistic has (windows - 1)
+    (classes - 1) degrees of freedom. Too even is as telling as too clumpy. Statistics of epochs add up.
+    """
+    found = [stats.chi2_contingency(histograms(p, num_classes, size), correction=False) for p in permutations]
+    statistic, dof = sum(f.statistic for f in found), sum(f.dof for f in found)
+    return 2 * min(stats.chi2.sf(statistic, dof), stats.chi2.cdf(statistic, dof))
+
+
+IMAGENET_LIKE = (Order((128,) * 312 + (64,), 256, 64, 0), 20)
+DIGITS = (Order((64,) * 26 + (43,), 96, 16, 0), 10)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5])  # consecutive ones together show what lasts from batch to batch
+@pytest.mark.parametrize(("order", "num_classes"), [IMAGENET_LIKE, DIGITS], ids=["40,000 rows", "digits"])
+def test_batches_of_sorted_files_look_like_random_draws(order, num_classes, batches):
+    """(Counts vary by 1 - 1/NUM_SLOTS, so tens of epochs would show that they are a trifle too even.)"""
+    epochs = [dataclasses.replace(order, seed=seed).permutation(seed) for seed in range(4)]
+    assert share_as_extreme(epochs, num_classes, batches * order.batch_size) > 0.01
+
+
+def in_file_order(seed: int) -> np.ndarray:
+    return np.arange(40_000)
+
+
+def by_group(seed: int) -> np.ndarray:
+    """Row groups shuffled, their rows not spread."""
+    groups = np.random.default_rng(seed).permutation(40_000 // 128)
+    return (groups[:, None] * 128 + np.arange(128)).ravel()
+
+
+def by_window(seed: int) -> np.ndarray:
+    """Row groups shuffled, then the rows of 64 of them at a time."""
+    rng, images = np.random.default_rng(seed), by_group(seed)
+    return np.concatenate([rng.permutation(part) for part in np.split(images, range(8192, len(images), 8192))])
+
+
+def by_stretch(seed: int) -> np.ndarray:
+    """Each lane reads a stretch of the file, at random: every batch has nearly the same histogram."""
+    stretches = np.random.default_rng(seed).permuted(np.arange(64 * 624).reshape(64, 624), axis=1)
+    return stretches.reshape(64, -1, 4).swapaxes(0, 1).ravel()
+
+
+@pytest.mark.parametrize("bad", [in_file_order, by_group, by_window, by_stretch])
+def test_bad_shuffling_is_told_from_random_draws(bad):
+    assert share_as_extreme([bad(seed) for seed in range(4)], 20, 256) < 1e-6
+
+
+def test_random_draws_are_not_told_from_random_draws():
+    ps = [share_as_extreme([np.random.default_rng([seed, i]).permutation(40_000) for i in range(4)], 20, size)
+          for seed in range(10) for size in (256, 1280)]
+    assert min(ps) > 0.001
+    assert sum(p < 0.1 for p in ps) <= 6
 
 
 def test_streams_do_not_repeat():
