@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +12,7 @@ import torch
 from mdt_ray.data import latents
 from mdt_ray.data.latent_reader import LatentReader
 from mdt_ray.data.loader import Batch, Loader, LoaderConfig
+from tests import s3
 from tests.helpers import make_latents
 
 CONFIG = LoaderConfig(batch_size=24, num_lanes=12, seed=0, num_classes=10, class_dropout_prob=0.5, num_tokens=16)
@@ -134,3 +136,104 @@ def test_the_posterior_noise_is_that_of_no_pass(folder):
     z = ((batch.x_0 - mean) / std).flatten()
     for eps in (batch.eps_full, batch.eps_masked):
         assert abs((z * eps.flatten()).mean().item()) < 4 / len(z) ** 0.5
+
+
+# Reading ahead
+
+
+def test_batches_read_ahead_are_those_asked_for_alone(folder):
+    """Over several epochs; the loader that reads alone has no pool."""
+    alone = loader(folder, FLIP)
+    with loader(folder, FLIP) as ahead:
+        for step, (batch,) in zip(range(30, 50), ahead.batches(30), strict=False):
+            assert equal(batch, alone.batch(step))
+
+
+@pytest.mark.parametrize("max_groups", [1, 3, 6])
+def test_no_more_row_groups_are_held_than_allowed_and_the_batches_stay(folder, max_groups):
+    """Also where one step needs more than may be held: then groups are read again."""
+    alone, held = loader(folder), []
+    with loader(folder) as ahead:
+        reader = ahead.reader
+        reader.max_groups = max_groups
+
+        def load(group: int, load=reader._load) -> dict:
+            held.append(len(reader._held))
+            return load(group)
+
+        reader._load = load
+        for step, (batch,) in zip(range(10), ahead.batches(0), strict=False):
+            held.append(len(reader._held))
+            assert equal(batch, alone.batch(step))
+    assert max(held) <= max_groups
+
+
+def test_a_group_in_use_is_not_read_again(tmp_path):
+    """What a loader may hold by itself is enough: in an epoch each lane reads a group once for each of its stretches."""
+    make_latents(tmp_path, num_images=4000, num_files=2, validation_share=0)
+    with loader(tmp_path, dataclasses.replace(CONFIG, batch_size=12), 0, 12) as ahead:
+        reader, loaded = ahead.reader, []
+        assert reader.max_groups < len(reader.groups)
+        load = reader._load
+        reader._load = lambda group: loaded.append(group) or load(group)
+        lane = [int(batch.images) for (batch,) in itertools.islice(ahead.batches(0), 330)]
+    groups = reader.groups_of(np.array(lane))
+    pieces = 16 * 3  # 330 images in 16 stretches of 21 rows, each in at most 3 groups of 16
+    assert len(np.unique(groups)) <= pieces
+    assert len(loaded) <= pieces + 16  # the next epoch's first ones
+
+
+def test_groups_are_fetched_side_by_side(folder):
+    """No group comes back before four are on their way: one thread alone would wait for ever."""
+    begun, four = itertools.count(1), threading.Event()
+    with loader(folder) as ahead:
+        load = ahead.reader._load
+
+        def wait(group: int) -> dict:
+            if next(begun) == 4:
+                four.set()
+            assert four.wait(timeout=60)
+            return load(group)
+
+        ahead.reader._load = wait
+        (batch,) = next(ahead.batches(0))
+    assert equal(batch, loader(folder).batch(0))
+
+
+def test_threads_end_on_exit_also_when_nobody_takes_the_batches(folder):
+    before = set(threading.enumerate())
+    with loader(folder) as ahead:
+        next(ahead.batches(0))
+        assert len(set(threading.enumerate()) - before) > 1
+    assert set(threading.enumerate()) == before
+
+
+def test_an_error_while_fetching_is_raised_at_the_step_that_needs_it(folder):
+    with loader(folder) as ahead:
+        bad = int(ahead.reader.groups_of(ahead.batch(0).images.numpy())[0])
+        steps = [n for n in range(20) if bad in ahead.reader.groups_of(loader(folder).batch(n).images.numpy())]
+    with loader(folder) as ahead:
+        load = ahead.reader._load
+
+        def fail(group: int) -> dict:
+            if group == bad:
+                raise ValueError("chunk.parquet: row group 0 is not readable")
+            return load(group)
+
+        ahead.reader._load = fail
+        batches = ahead.batches(0)
+        for _ in range(steps[0]):
+            next(batches)
+        with pytest.raises(ValueError, match=r"chunk.parquet: row group 0 is not readable"):
+            next(batches)
+
+
+def test_batches_from_an_object_store_equal_those_from_disk(folder, monkeypatch):
+    for name, value in s3.KEYS.items():
+        monkeypatch.setenv(name, value)
+    with s3.serve() as store:
+        store.upload(folder, "latents")
+        uri = store.uri("latents")
+        with Loader(uri, latents.open_manifest(uri), FLIP, 1, 3) as there, loader(folder, FLIP, 1, 3) as here:
+            for (a,), (b,) in itertools.islice(zip(there.batches(5), here.batches(5), strict=True), 12):
+                assert equal(a, b)
