@@ -248,6 +248,23 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Where the rows of metrics also go while a run trains; TensorBoard's event files are always written."""
+
+    mlflow: str = operational("")
+    """MLflow's tracking URI (http://..., sqlite:///mlflow.db, databricks); empty: off. Needs mdt-ray[mlflow]."""
+    experiment: str = operational("mdt-ray")
+    """MLflow's experiment; made where there is none."""
+    wandb: str = operational("")
+    """Project of Weights & Biases, or team/project; empty: off. Needs mdt-ray[wandb]."""
+    name: str = operational("")
+    """Name that a new run gets in MLflow and Weights & Biases; empty: that of the output folder."""
+
+    def __post_init__(self):
+        require(self.experiment != "", "track.experiment", self.experiment, "must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Job `train`: latents -> checkpoints."""
 
@@ -295,6 +312,8 @@ class TrainConfig:
     """Go on with as few as these when nodes are lost, and with more as nodes come (0: always with num_workers)."""
     hang_timeout_s: float = operational(1800.0)
     """Seconds without a step after which the workers' stacks are written and they are started again (0: never)."""
+    track: TrackConfig = operational(TrackConfig())
+    """Experiment trackers."""
 
     def __post_init__(self):
         for name in ("keep_every_steps", "validate_every_steps", "min_workers", "hang_timeout_s"):

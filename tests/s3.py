@@ -20,7 +20,7 @@ class Store:
     def __init__(self, endpoint: str):
         self.endpoint = endpoint
         self.fs = pafs.S3FileSystem(access_key="testing", secret_key="testing", endpoint_override=endpoint,
-                                    region="us-east-1", allow_bucket_creation=True)
+                                    region="us-east-1", allow_bucket_creation=True, allow_bucket_deletion=True)
         self.fs.create_dir(BUCKET)
 
     def uri(self, path: str) -> str:
