@@ -7,6 +7,8 @@ import functools
 import hashlib
 import io
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +21,8 @@ from mdt_ray import config_io, storage
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
+ROW_OVERHEAD = 60
+"""Bytes of a row beside its moments: id, label, split, and their share of the file's index."""
 REBUILD = "run the same `mdt-ray precompute` again, which rebuilds just that file"
 
 
@@ -104,6 +108,11 @@ def write_file(folder: str, name: str, table: pa.Table, rows_per_group: int) -> 
     validation_rows = [row for row, split in enumerate(table.column("split").to_pylist()) if split == "validation"]
     return LatentFile(name=name, num_rows=table.num_rows, num_bytes=len(data),
                       sha256=storage.sha256(data), rows_per_group=rows_per_group, validation_rows=validation_rows)
+
+
+def row_bytes(shape: Sequence[int], flip: bool) -> int:
+    """About how many bytes a latent of `shape` (C, h, w) takes on disk: mean and std in float16; twice that with `flip`."""
+    return 2 * 2 * math.prod(shape) * (2 if flip else 1) + ROW_OVERHEAD
 
 
 def sums(moments: np.ndarray) -> dict[str, Any]:

@@ -10,17 +10,16 @@ import numpy as np
 import torch
 
 from mdt_ray.config import PrecomputeConfig
-from mdt_ray.data import listings, readers, sources
+from mdt_ray.data import latents, listings, readers, sources
 from mdt_ray.data.images import Pixels, decode_piece
 from mdt_ray.data.vae import downscaling, load_vae, to_unit_range, vae_config
 from mdt_ray.jobs.precompute import prepare
+from mdt_ray.jobs.units import duration, size
 from mdt_ray.training.run import autocast_dtype
 
 SAMPLE_IMAGES = 128
 ENCODE_SECONDS = 10.0
 """Spent on measuring the encoder, or one batch if that takes longer."""
-OVERHEAD_BYTES = 60
-"""Of a row beside its moments: id, label, split, and their share of the file's index."""
 
 
 def plan_precompute(config: PrecomputeConfig) -> str:
@@ -30,7 +29,7 @@ def plan_precompute(config: PrecomputeConfig) -> str:
     count = listing.table.num_rows
     settings = vae_config(config.vae)
     side = config.image_size // downscaling(settings)
-    row_bytes = 4 * settings["latent_channels"] * side**2 * (2 if config.flip else 1) + OVERHEAD_BYTES
+    row_bytes = latents.row_bytes((settings["latent_channels"], side, side), config.flip)
     sample = _sample(config, source, listing)
     device = "cuda" if config.workers.gpus_per_worker else "cpu"
     encoding = _encoding_rate(config, sample, device) if device == "cpu" or torch.cuda.is_available() else None
@@ -39,8 +38,8 @@ def plan_precompute(config: PrecomputeConfig) -> str:
     workers = config.workers.num_workers
     lines = [
         f"source      {count:,} images of {len(listing.class_names):,} classes in {source.files.num_rows:,} files "
-        f"({source.kind}, {_size(sum(source.files['size'].to_pylist()))})",
-        f"latents     {math.ceil(count / config.chunk_size):,} files, {_size(count * row_bytes)} "
+        f"({source.kind}, {size(sum(source.files['size'].to_pylist()))})",
+        f"latents     {math.ceil(count / config.chunk_size):,} files, {size(count * row_bytes)} "
         f"({settings['latent_channels']} x {side} x {side} of {config.image_size} x {config.image_size} pixels, "
         f"{'with' if config.flip else 'without'} mirror images)",
         f"measured    on {num_read} images here: reading {num_read / sample.read_seconds:,.0f} images/s, decoding "
@@ -60,7 +59,7 @@ def plan_precompute(config: PrecomputeConfig) -> str:
     lines += [
         f"encoding    {encoding:,.1f} images/s a worker ({device}, {config.precision}); decoders that keep it busy: "
         f"{decoders}",
-        f"time        about {_duration(count / rate)} and some 20 s to start, with {workers} workers and "
+        f"time        about {duration(count / rate)} and some 20 s to start, with {workers} workers and "
         f"{config.decoders_per_worker} decoders each",
     ]
     if decoders > config.decoders_per_worker:
@@ -96,17 +95,3 @@ def _encoding_rate(config: PrecomputeConfig, sample: Pixels, device: str) -> flo
     while sum(seconds) < ENCODE_SECONDS:
         seconds.append(encode())
     return len(x) * len(seconds) / sum(seconds) / (2 if config.flip else 1)
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -174,9 +174,8 @@ def test_a_plan_gives_counts_sizes_and_time(tmp_path):
 
 def test_the_planned_size_is_that_of_imagenet():
     """REFERENCE figure: 21 GB for 1,281,167 images at 256 pixels, 42 GB with mirror images."""
-    row = 4 * 4 * 32 * 32 + 60
-    assert round(1_281_167 * row / 1e9) == 21
-    assert round(1_281_167 * (2 * row - 60) / 1e9) == 42
+    assert round(1_281_167 * latents.row_bytes((4, 32, 32), flip=False) / 1e9) == 21
+    assert round(1_281_167 * latents.row_bytes((4, 32, 32), flip=True) / 1e9) == 42
 
 
 @pytest.mark.ray
