@@ -290,8 +290,9 @@ class TrainConfig:
     """Seed of weights, order and noise."""
     flip: bool = False
     """Take the mirror image of every image with p = 0.5; needs latents precomputed with --flip."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Autocast dtype; auto takes bf16 where the hardware has it."""
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    """Autocast to bf16, or float32 (with TF32 matrix products on a GPU, or without); auto takes bf16 where the hardware has
+    it, else fp32."""
     num_steps: int = operational(400_000)
     """Steps to train to."""
     workers: WorkersConfig = operational(WorkersConfig())

@@ -53,7 +53,8 @@ def resolve_model(config: ModelConfig, manifest: Manifest) -> ModelConfig:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bf16, or None for float32. `auto` takes bf16 where the hardware multiplies it natively."""
+    """bf16, or None for float32 (and for tf32, a mode of its products). `auto` takes bf16 where the hardware multiplies it
+    natively."""
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -90,6 +91,8 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     """
     device = torch.device(device)
     dtype = autocast_dtype(config.precision, device)
+    # fp32 means fp32, convolutions too: TF32 keeps 10 bits of mantissa.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     keep = functools.partial(_keep_stacks, config.output, rank)
     with Writer() as writer, Watchdog(config.hang_timeout_s, keep) as watchdog:
         state, facts = _initial(config, manifest, rank, device)

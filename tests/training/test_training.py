@@ -77,6 +77,15 @@ def test_kills_resumes_and_numbers_of_ranks_change_nothing():
     assert "bit for bit" in done.stdout
 
 
+def test_tf32_is_a_mode_of_float32_products_and_fp32_is_without(folder, tmp_path):
+    """The mode is the GPU's: on a CPU both are the same to the last bit."""
+    states = []
+    for precision in ("tf32", "fp32"):
+        states.append(run(tiny_training(folder, tmp_path / precision, num_steps=3, precision=precision)))
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    assert_equal_states(*states)
+
+
 def test_a_finished_run_does_nothing(folder, tmp_path):
     config = tiny_training(folder, tmp_path, num_steps=10)
     run(config)
