@@ -1,9 +1,7 @@
-"""Config: strict reading, overrides, identity; presets."""
+"""Config: strict reading, overrides, identity."""
 
 import dataclasses
-import itertools
 import json
-import re
 
 import pytest
 
@@ -78,52 +76,6 @@ def test_operational_fields_are_not_identity():
 def test_an_integer_learning_rate_names_the_same_run_as_a_float():
     a, b = (config_io.from_dict(TrainConfig, {"optim": {"lr": lr}}) for lr in (1, 1.0))
     assert config_io.fingerprint(config_io.identity_fields(a)) == config_io.fingerprint(config_io.identity_fields(b))
-
-
-@pytest.mark.parametrize("name", list(presets.PRESETS))
-def test_presets_are_valid_and_complete(name):
-    config = presets.preset(name)
-    assert config.train.latents == config.precompute.output
-    assert config.train.optim.lr > 0
-    assert config.output in (f"runs/{name}", "runs/digits")
-
-
-def test_the_overview_names_every_preset():
-    names = set()
-    for text in presets.OVERVIEW:
-        parts = [part.split(",") for part in re.split(r"[{}]", text)]
-        names |= {"".join(choice) for choice in itertools.product(*parts)}
-    assert names == presets.PRESETS.keys()
-    assert len(names) == 1 + 3 * 4 * 4
-
-
-def test_published_recipe():
-    """Paper section 5.1: AdamW 3e-4, batch 256, no decay, mask ratio 0.3, decoder of 2 blocks; DiT's EMA 0.9999."""
-    train = presets.preset("imagenet256-s-2").train
-    assert (train.optim.lr, train.optim.weight_decay, train.optim.warmup_steps) == (3e-4, 0.0, 0)
-    assert (train.batch_size, train.loss.mask_ratio, train.model.decode_layer) == (256, 0.3, 2)
-    assert (train.ema.decay, train.ema.warmup, train.optim.schedule) == (0.9999, False, "constant")
-    assert train.flip, "flip with p = 0.5"
-
-
-def test_where_training_mirrors_precompute_encodes_mirror_images():
-    for config in map(presets.preset, presets.PRESETS):
-        assert config.train.flip == config.tune.train.flip == config.precompute.flip
-    assert not presets.digits().train.flip, "a mirrored digit is no digit"
-
-
-def test_mdtv2_recipe():
-    """MDTv2: deeper decoder, ratio from [0.3, 0.5], min-SNR 5, Adan with clipping."""
-    for name, decode_layer, lr in (("s", 6, 5e-4), ("xl", 4, 3e-4)):
-        train = presets.preset(f"imagenet256-v2-{name}-2").train
-        assert (train.model.kind, train.model.decode_layer) == ("mdt_v2", decode_layer)
-        assert (train.loss.mask_ratio, train.loss.mask_ratio_span, train.loss.min_snr_gamma) == (0.3, 0.2, 5.0)
-        assert (train.optim.name, train.optim.lr, train.optim.clip_norm, train.optim.weight_decay) == ("adan", lr, 1.0, 0.0)
-
-
-def test_unknown_preset_suggests():
-    with pytest.raises(ValueError, match="unknown preset 'digts'; did you mean 'digits'"):
-        presets.preset("digts")
 
 
 def test_output_of_another_run_is_refused_with_the_difference(tmp_path):
