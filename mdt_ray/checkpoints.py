@@ -22,6 +22,12 @@ def step_of(uri: str) -> int:
     return int(uri.rpartition("step-")[2].partition("?")[0])
 
 
+def kept(steps: list[int], keep_last: int, keep_every_steps: int) -> list[int]:
+    """Of checkpoints at these steps, oldest first, those that stay: the newest `keep_last`, and those at a multiple of
+    `keep_every_steps` (0: none), step 0 among them."""
+    return [step for step in steps if step in steps[-keep_last:] or (keep_every_steps and step % keep_every_steps == 0)]
+
+
 def publish(folder: Path, uri: str) -> None:
     """Move a finished local folder to `uri`, with the checksums of its files, which arrive last and mark it as whole."""
     sums = {str(f.relative_to(folder)): storage.sha256(f.read_bytes()) for f in sorted(folder.rglob("*")) if f.is_file()}

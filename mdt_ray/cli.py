@@ -14,6 +14,7 @@ from mdt_ray.config import (
     ConvertConfig,
     EvaluateConfig,
     InspectConfig,
+    PlanConfig,
     PrecomputeConfig,
     QuickstartConfig,
     TrainConfig,
@@ -24,14 +25,16 @@ from mdt_ray.interrupts import Stopped
 
 
 class Job(NamedTuple):
-    """A command of `mdt-ray`. The first word of its name is its module in jobs/."""
+    """A command of `mdt-ray`."""
 
     config: type
     text: str
     needed: tuple[str, ...]
     """Settings without which it cannot start."""
     function: str
-    """What the module calls it."""
+    """What its module in jobs/ calls it."""
+    module: str = ""
+    """Its module in jobs/; by default the first word of its name."""
 
 
 JOBS = {
@@ -43,6 +46,8 @@ JOBS = {
     "convert": Job(ConvertConfig, "weights of MDT, MDTv2, DiT or diffusers' DiT <-> checkpoints", ("output", "source"),
                    "convert"),
     "quickstart": Job(QuickstartConfig, "all four in order, then a report page", ("output",), "quickstart"),
+    "plan": Job(PlanConfig, "whether a training run fits, how long it takes, what it writes", (), "plan_train",
+                "plan_train"),
     "plan precompute": Job(PrecomputeConfig, "how large the latents will be, and how long they will take", ("source",),
                            "plan_precompute"),
     "latents inspect": Job(InspectConfig, "what a folder of latents holds", ("folder",), "inspect"),
@@ -92,7 +97,7 @@ def usage() -> str:
              "The same command again goes on where it stopped.", "", "jobs:"]
     lines += [f"  {name:<16} {job.text}" for name, job in JOBS.items()]
     lines += ["", "presets:"]
-    lines += [f"  {name:<37} {text}" for name, text in presets.OVERVIEW.items()]
+    lines += [f"  {name:<45} {text}" for name, text in presets.OVERVIEW.items()]
     return "\n".join([*lines, "", "mdt-ray <job> --help lists the settings of a job."])
 
 
@@ -138,7 +143,7 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
         if not getattr(config, name):
             raise ValueError(f"--{name}: not given; name it" + (
                 "" if name == "folder" else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
-    module = importlib.import_module(f"mdt_ray.jobs.{job.partition(' ')[0]}")
+    module = importlib.import_module(f"mdt_ray.jobs.{JOBS[job].module or job.partition(' ')[0]}")
     result = getattr(module, JOBS[job].function)(config)
     return _last_line(job, config, result)
 
@@ -147,6 +152,8 @@ def _of_job(job: str, preset: QuickstartConfig) -> Any:
     name = job.rpartition(" ")[2]
     if name == "quickstart":
         return preset
+    if name == "plan":
+        return presets.plan_of(preset)
     if not hasattr(preset, name):
         raise ValueError(f"{job} has no presets; give its settings")
     return getattr(preset, name)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 NUM_TIMESTEPS = 1000
 """Steps of the diffusion process (paper section 5.1)."""
+NUM_IMAGENET_IMAGES = 1_281_167
+"""The training set of ImageNet-1k (ILSVRC 2012)."""
 NON_COMMERCIAL = "cc-by-nc-4.0"
 """The licence of the published weights of MDT and DiT."""
 
@@ -333,6 +335,28 @@ class TrainConfig:
         require(self.workers.num_workers * self.accumulation <= self.num_lanes, "accumulation", self.accumulation,
                 f"times workers.num_workers = {self.workers.num_workers} must not exceed num_lanes = {self.num_lanes}: a "
                 "micro-batch is whole lanes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """Job `plan`: what a training run would take. The settings of `train`, and what is assumed of machine and data."""
+
+    gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200"] = operational("a100-40gb")
+    """The GPUs: their memory must suffice, their peak speed gives the time (not used with workers.gpus_per_worker 0)."""
+    mfu: float = operational(0.35)
+    """Assumed share of the GPU's peak that the model's operations reach (the published XL/2's 18.5 images/s are 0.15 of an
+    A100's TF32)."""
+    images_per_second: float | None = operational(None)
+    """Measured rate of all workers together (a run logs it); wins over mfu."""
+    num_images: int = operational(NUM_IMAGENET_IMAGES)
+    """Images to train on, as long as there are no latents to count."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.mfu <= 1, "mfu", self.mfu, "must be in (0, 1]")
+        require(self.images_per_second is None or self.images_per_second > 0, "images_per_second", self.images_per_second,
+                "must be positive, or None")
+        require(self.num_images > 0, "num_images", self.num_images, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

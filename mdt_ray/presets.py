@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 from mdt_ray import config_io
 from mdt_ray.config import (
+    NUM_IMAGENET_IMAGES,
     EmaConfig,
     EvaluateConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
+    PlanConfig,
     PrecomputeConfig,
     QuickstartConfig,
     SamplingConfig,
@@ -123,6 +125,13 @@ def faster(published: TrainConfig) -> TrainConfig:
         accumulation=SCALE,  # no more images at once on a GPU than the published batch has; 1 where the memory allows
         num_steps=published.num_steps // SCALE,  # as many images
         ema=EmaConfig(decay=round(published.ema.decay**SCALE, 4)))  # averages as many images: arXiv 2307.13813
+
+
+def plan_of(preset: QuickstartConfig) -> PlanConfig:
+    """The settings of `plan` for a preset: those of its training, and the size of its data set."""
+    training = {f.name: getattr(preset.train, f.name) for f in dataclasses.fields(preset.train)}
+    digits = preset.precompute.source == "digits"
+    return PlanConfig(**training, num_images=1797 if digits else NUM_IMAGENET_IMAGES)
 
 
 def _name(kind: str, size: str, patch_size: int, fast: bool) -> str:

@@ -79,6 +79,17 @@ def test_dry_run_prints_the_settings_and_writes_nothing(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_plan_is_a_job_and_plan_precompute_another(tmp_path, capsys):
+    for words, keys in ((["plan"], {"gpu", "mfu", "latents"}), (["plan", "precompute"], {"source", "vae"})):
+        code, out, _ = run(*words, "digits", "--dry-run", capsys=capsys)
+        assert code == 0
+        assert keys <= json.loads(out.rpartition("}\n")[0] + "}").keys()
+        assert f"mdt-ray {' '.join(words)} would write nothing" in out
+    code, _, error = run("plan", "precompute", "--source", f"{tmp_path}/none", capsys=capsys)
+    assert code == 1
+    assert "no such file or folder" in error
+
+
 def test_settings_win_over_file_over_preset(tmp_path, capsys):
     (tmp_path / "run.toml").write_text("seed = 5\nbatch_size = 32\nnum_lanes = 8\n")
     _, out, _ = run("train", "--config", f"{tmp_path}/run.toml", "--seed", "6", "--output", "x", "--dry-run", capsys=capsys)

@@ -92,6 +92,14 @@ def test_where_training_mirrors_precompute_encodes_mirror_images():
     assert not presets.digits().train.flip, "a mirrored digit is no digit"
 
 
+def test_the_plan_of_a_preset_has_its_settings_and_the_size_of_its_data():
+    plan = presets.plan_of(presets.preset("imagenet256-s-2"))
+    shared = config_io.to_dict(train("imagenet256-s-2"))
+    assert shared.items() <= config_io.to_dict(plan).items()
+    assert plan.num_images == 1_281_167
+    assert presets.plan_of(presets.digits()).num_images == 1797
+
+
 def test_unknown_preset_suggests():
     with pytest.raises(ValueError, match="unknown preset 'digts'; did you mean 'digits'"):
         presets.preset("digts")

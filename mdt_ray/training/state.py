@@ -93,8 +93,10 @@ def restore(state: TrainState, uri: str) -> None:
 
 def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int) -> None:
     """Delete all but the newest `keep_last` checkpoints and those at a multiple of `keep_every_steps` (0: none)."""
-    for uri in checkpoints.list_finished(output)[:-keep_last]:
-        if not keep_every_steps or checkpoints.step_of(uri) % keep_every_steps:
+    finished = {checkpoints.step_of(uri): uri for uri in checkpoints.list_finished(output)}
+    kept = checkpoints.kept(list(finished), keep_last, keep_every_steps)
+    for step, uri in finished.items():
+        if step not in kept:
             # The mark of a whole checkpoint goes first, so that a kill in between leaves no half of one.
             storage.remove(storage.join(uri, CHECKSUMS))
             storage.remove(uri)
