@@ -70,8 +70,12 @@ def _nest(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(value: Any, hint: Any, path: str) -> Any:
-    """`value` if it fits the annotation; an int is welcome where a float is asked."""
+    """`value` if it fits the annotation; an int is welcome where a float is asked, a list where a tuple is."""
     origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{path} = {value!r}: must be a list")
+        return tuple(_checked(v, typing.get_args(hint)[0], f"{path}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
         if value not in typing.get_args(hint):
             raise ValueError(f"{path} = {value!r}: must be one of {', '.join(map(repr, typing.get_args(hint)))}")
