@@ -10,6 +10,8 @@ from mdt_ray import storage
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "ema_snapshots"
+"""Folders of a training output that hold checkpoints, and snapshots of averages (training/snapshots.py)."""
 CHECKSUMS = "checksums.json"
 
 
@@ -35,9 +37,9 @@ def publish(folder: Path, uri: str) -> None:
     storage.publish_folder(folder, uri, last=CHECKSUMS)
 
 
-def list_finished(output: str) -> list[str]:
-    """URIs of finished checkpoints of a training output, oldest first."""
-    folder = storage.join(output, CHECKPOINTS)
+def list_finished(output: str, kind: str = CHECKPOINTS) -> list[str]:
+    """URIs of finished checkpoints (or SNAPSHOTS) of a training output, oldest first."""
+    folder = storage.join(output, kind)
     found = [n for n in storage.list_names(folder) if n.startswith("step-") and ".tmp-" not in n]
     return [storage.join(folder, n) for n in found if storage.exists(storage.join(folder, n, CHECKSUMS))]
 

@@ -26,6 +26,12 @@ def require(condition: bool, name: str, value: Any, rule: str) -> None:
         raise ValueError(f"{name} = {value!r}: {rule}")
 
 
+def check_sigma_rel(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is the length of a power-function average whose weights grow with the step: 12^-1/2 is
+    that of the plain mean of all steps."""
+    require(0 < value < 12**-0.5, name, value, "must be between 0 and 0.2886 (a standard deviation, in shares of the run)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkersConfig:
     """How many processes a job runs in and what each takes from the cluster."""
@@ -238,15 +244,33 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """The exponential moving average of the weights that is sampled from."""
+    """The moving averages of the weights: the one that is sampled from, and further ones kept at the same time."""
 
     decay: float = 0.9999
     """Decay per step."""
     warmup: bool = False
     """Use min(decay, (1 + n) / (10 + n)) at step n, for short runs."""
+    more_decays: tuple[float, ...] = ()
+    """Decays of further averages, kept in every checkpoint as ema_<decay>."""
+    power_stds: tuple[float, ...] = ()
+    """Lengths (sigma_rel) of power-function averages, kept as ema_power_<std>; EDM2 takes 0.05 0.10. `mdt-ray ema` makes
+    any other length from their snapshots."""
+    snapshot_every_steps: int = operational(0)
+    """Steps between two snapshots of the power-function averages, which are never deleted; 16 or more a run are enough."""
 
     def __post_init__(self):
-        require(0 <= self.decay < 1, "ema.decay", self.decay, "must be in [0, 1)")
+        for name, decay in [("decay", self.decay), *(("more_decays", d) for d in self.more_decays)]:
+            require(0 <= decay < 1, f"ema.{name}", decay, "must be in [0, 1)")
+        require(len({f"{d:g}" for d in (self.decay, *self.more_decays)}) == 1 + len(self.more_decays), "ema.more_decays",
+                self.more_decays, f"must differ from each other and from decay = {self.decay}, in the first six digits")
+        for std in self.power_stds:
+            check_sigma_rel("ema.power_stds", std)
+        require(len({f"{s:.3f}" for s in self.power_stds}) == len(self.power_stds), "ema.power_stds", self.power_stds,
+                "must differ from each other in the first three decimals")
+        require(self.snapshot_every_steps >= 0, "ema.snapshot_every_steps", self.snapshot_every_steps,
+                "must not be negative")
+        require(not self.power_stds or self.snapshot_every_steps > 0, "ema.snapshot_every_steps",
+                self.snapshot_every_steps, "must be positive where there are power_stds; a sixteenth of num_steps will do")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,8 +399,8 @@ class SamplingConfig:
     """Guide only the first n noise channels (the published models: 3); None guides all."""
     round_pixels: bool = False
     """Round to uint8 (as DiT) instead of truncating (as MDT)."""
-    weights: Literal["ema", "model"] = "ema"
-    """Averaged or raw weights."""
+    weights: str = "ema"
+    """Folder of the checkpoint to take: averaged weights, raw ones (model), or a further average (ema_0.999)."""
 
     def __post_init__(self):
         require(1 <= self.num_sampling_steps <= 1000, "sampling.num_sampling_steps", self.num_sampling_steps,
@@ -465,8 +489,27 @@ class ConvertConfig:
     """Side of the images, in pixels; None: 8 times the latent's side."""
     license: str = NON_COMMERCIAL
     """For the model card: the licence of the published weights of MDT and DiT; name that of your own ones."""
-    weights: Literal["ema", "model"] = "ema"
-    """For a way back: averaged or raw weights."""
+    weights: str = "ema"
+    """For a way back: folder of the checkpoint to take, as --sampling.weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Job `ema`: snapshots of power-function averages -> a checkpoint averaged over any length."""
+
+    source: str = operational("")
+    """Output (URI) of a training run with ema.power_stds; the content of its snapshots is part of the identity."""
+    output: str = operational("")
+    """Folder (URI) for the checkpoint."""
+    sigma_rel: float | None = None
+    """Length of the average: standard deviation of its weights over the steps, in shares of the run so far."""
+    step: int | None = None
+    """Step whose average is wanted, from the snapshots up to it; None takes the newest snapshot's."""
+
+    def __post_init__(self):
+        if self.sigma_rel is not None:
+            check_sigma_rel("sigma_rel", self.sigma_rel)
+        require(self.step is None or self.step > 0, "step", self.step, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

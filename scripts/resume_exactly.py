@@ -30,7 +30,8 @@ from mdt_ray.training import run as training
 from mdt_ray.training.meters import MACHINE_COLUMNS
 
 NUM_STEPS, KILL_AT = 20, 13
-FILES = ("model/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors", "optimizer.pt")
+FILES = (*(f"{name}/diffusion_pytorch_model.safetensors" for name in ("model", "ema", "ema_0.5", "ema_power_0.050")),
+         "optimizer.pt")
 
 
 def main() -> int:
@@ -63,8 +64,9 @@ def launch(folder: Path, name: str, ranks: int, kill_at: int | None = None, accu
     config = TrainConfig(
         latents=str(folder / "latents"), output=str(folder / name), batch_size=32, num_lanes=8, num_steps=NUM_STEPS,
         model=ModelConfig(patch_size=1, hidden_size=32, depth=3, num_heads=2, decode_layer=1), precision="fp32", flip=True,
-        optim=OptimConfig(lr=1e-3, clip_norm=1.0), ema=EmaConfig(decay=0.99, warmup=True), log_every_steps=1,
-        checkpoint_every_steps=5, validate_every_steps=5, accumulation=accumulation)
+        optim=OptimConfig(lr=1e-3, clip_norm=1.0),
+        ema=EmaConfig(decay=0.99, warmup=True, more_decays=(0.5,), power_stds=(0.05,), snapshot_every_steps=4),
+        log_every_steps=1, checkpoint_every_steps=5, validate_every_steps=5, accumulation=accumulation)
     (folder / name).mkdir(exist_ok=True)
     rendezvous = folder / f"{name}-{kill_at}.rendezvous"
     context = mp.start_processes(run, (ranks, config_io.to_dict(config), str(rendezvous), kill_at), ranks, join=False,

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mdt_ray import config_io, presets, run_folder, storage
+from mdt_ray.cli import parse
 from mdt_ray.config import ModelConfig, OptimConfig, TrainConfig, WorkersConfig
 
 
@@ -21,6 +22,28 @@ def test_toml_and_run_json_load_through_the_same_reader(tmp_path):
     assert (loaded.batch_size, loaded.optim.lr) == (128, 1e-3)
     (tmp_path / "run.json").write_text(json.dumps(run_folder.describe("train", loaded, {})))
     assert config_io.load_file(TrainConfig, tmp_path / "run.json") == loaded
+
+
+def test_lists_come_as_tuples_from_every_side(tmp_path):
+    """TOML, a run's own run.json, dotted overrides, the command line; an int is a float, and the cadence is operational."""
+    (tmp_path / "run.toml").write_text("[ema]\nmore_decays = [0.99, 0]\n"
+                                       "power_stds = [0.05, 0.1]\nsnapshot_every_steps = 7\n")
+    loaded = config_io.load_file(TrainConfig, tmp_path / "run.toml")
+    assert (loaded.ema.more_decays, loaded.ema.power_stds) == ((0.99, 0.0), (0.05, 0.1))
+    run = run_folder.describe("train", loaded, {})
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert config_io.load_file(TrainConfig, tmp_path / "run.json") == loaded
+    dotted = {"ema.more_decays": [0.99, 0], "ema.power_stds": (0.05, 0.1), "ema.snapshot_every_steps": 9}
+    overridden = config_io.override(TrainConfig(), dotted)
+    assert config_io.difference(config_io.to_dict(loaded), config_io.to_dict(overridden)) == \
+        ["ema.snapshot_every_steps: 7 -> 9"]
+    arguments = ["--ema.more-decays", "0.99", "0", "--ema.power-stds", "0.05", "0.1", "--ema.snapshot-every-steps", "9"]
+    assert parse("train", arguments).settings == overridden
+    run_folder.record(str(tmp_path / "out"), run)
+    run_folder.check_identity(str(tmp_path / "out"), run_folder.describe("train", overridden, {}))
+    fewer = config_io.override(overridden, {"ema.more_decays": []})
+    with pytest.raises(ValueError, match=r"ema.more_decays: \[0.99, 0.0\] -> \[\]"):
+        run_folder.check_identity(str(tmp_path / "out"), run_folder.describe("train", fewer, {}))
 
 
 def test_dotted_and_nested_overrides_agree():
@@ -47,6 +70,14 @@ def test_dotted_and_nested_overrides_agree():
     ({"model": {"input_size": 9}}, r"model.patch_size = 2: must divide the latent size 9"),
     ({"model": {"decode_layer": 13}}, r"model.decode_layer = 13: must be between 0 and depth"),
     ({"model": {"num_heads": 5}}, r"model.hidden_size = 384: must be divisible by num_heads = 5"),
+    ({"ema": {"more_decays": [0.99, 1.0]}}, r"ema.more_decays = 1.0: must be in \[0, 1\)"),
+    ({"ema.more_decays": [0.9999]}, r"ema.more_decays = \(0.9999,\): must differ from each other and from decay = 0.9999"),
+    ({"ema.more_decays": 0.99}, r"ema.more_decays = 0.99: must be a list"),
+    ({"ema.more_decays": [0.9, "b"]}, r"ema.more_decays\[1\] = 'b': must be float"),
+    ({"ema.power_stds": [0.05, 0.3], "ema.snapshot_every_steps": 5}, r"ema.power_stds = 0.3: must be between 0 and 0.2886"),
+    ({"ema.power_stds": [0.05, 0.0501], "ema.snapshot_every_steps": 5}, r"must differ from each other in the first three"),
+    ({"ema.power_stds": [0.05]}, r"ema.snapshot_every_steps = 0: must be positive where there are power_stds"),
+    ({"ema.snapshot_every_steps": -1}, r"ema.snapshot_every_steps = -1: must not be negative"),
     ({"optim": {"schedule": "cosine"}}, r"optim.schedule_steps = None: a cosine schedule needs its last step"),
 ])
 def test_bad_values_are_named(values, message):

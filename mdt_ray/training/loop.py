@@ -14,7 +14,7 @@ from torch import nn
 from mdt_ray.config import TrainConfig
 from mdt_ray.data.loader import Batch
 from mdt_ray.training import ranks
-from mdt_ray.training.ema import ema_decay, update_ema
+from mdt_ray.training.ema import update_averages
 from mdt_ray.training.meters import Meters
 from mdt_ray.training.optim import clip_gradients, learning_rate
 from mdt_ray.training.state import TrainState
@@ -30,6 +30,7 @@ class NonFiniteSteps(Exception):
 
 def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, ...]], config: TrainConfig, *,
           device: torch.device, report: Callable[[dict], None], save: Callable[[TrainState], None],
+          save_averages: Callable[[TrainState], None] = lambda state: None,
           validate: Callable[[TrainState], dict[str, float]] | None = None,
           should_stop: Callable[[], bool] = lambda: False, beat: Callable[[], None] = lambda: None) -> bool:
     """Train `state` to config.num_steps; returns whether it got there, or was asked to stop before.
@@ -40,6 +41,7 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
         batches: this rank's batches from state.step on, each in parts whose gradients are added up.
         report: called with every row of metrics, on every rank with the same row.
         save: called at every checkpoint step and when stopping, on every rank.
+        save_averages: called at every step at which power-function averages are stored, on every rank.
         validate: gives columns for the row of every validation step, on every rank.
         should_stop: asked every STOP_CHECK_STEPS steps; all ranks stop at the same step where one says yes.
         beat: called once a step, for whoever watches that there is progress.
@@ -78,7 +80,7 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
         state.optimizer.found_inf = found_inf
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        update_ema(state.ema, model, ema_decay(state.step, config.ema))
+        update_averages(state.averages, model, state.step, config.ema)
         state.step += 1
         meters.add_step(grad_norm, found_inf)
         beat()
@@ -97,6 +99,8 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
             report(row)
             if skipped_in_a_row >= (1 if last else MAX_SKIPPED_IN_A_ROW):
                 raise NonFiniteSteps(f"no finite gradient in the last {int(skipped_in_a_row)} steps, at step {state.step}")
+        if config.ema.power_stds and (state.step % config.ema.snapshot_every_steps == 0 or last):
+            save_averages(state)  # before the checkpoint, from which a resume would not come back to it
         if saving and not skipped_in_a_row:  # what follows a non-finite step is no place to come back to
             save(state)
         if last or stopping:

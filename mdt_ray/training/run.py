@@ -1,6 +1,5 @@
 """What a worker of a training run does between being started and the loop. No Ray: any launcher may call `run_rank`."""
 
-import copy
 import functools
 import logging
 import socket
@@ -16,8 +15,9 @@ from mdt_ray.data.latents import Manifest
 from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.inference.convert import load_any, origin_of
 from mdt_ray.models.transfer import transfer
-from mdt_ray.training import loop, ranks
+from mdt_ray.training import loop, ranks, snapshots
 from mdt_ray.training import state as states
+from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.state import TrainState
 from mdt_ray.training.step import TrainingStep, build_model
@@ -100,15 +100,22 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
         module = DistributedDataParallel(module) if world_size > 1 else module
         validation = _validation(config, manifest, rank, world_size, device, dtype)
 
-        def save(state: TrainState) -> None:
+        def submit(copy: Callable[[], Callable[[], None]]) -> None:
             if rank == 0:
                 if not may_write():
                     raise RuntimeError(f"{config.output} was taken over by another run; this one stops")
-                writer.submit(_publishing(state, config, run, facts))
+                writer.submit(copy())
             watchdog.beat()
+
+        def save(state: TrainState) -> None:
+            submit(lambda: _publishing(state, config, run, facts))
+
+        def save_averages(state: TrainState) -> None:
+            submit(lambda: snapshots.save_snapshot(state, config.output, config.ema, facts))
 
         if rank == 0:
             storage.clear_leftovers(storage.join(config.output, checkpoints.CHECKPOINTS))
+            snapshots.drop_after(config.output, state.step)
             logger.info("rank 0 of %d: %d training images, %d held out, %d lanes, %s, %d threads, from step %d", world_size,
                         manifest.num_train, manifest.num_rows - manifest.num_train, config.num_lanes, dtype or torch.float32,
                         torch.get_num_threads(), state.step)
@@ -117,8 +124,8 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
             with Loader(config.latents, manifest, loader_config(config), rank, world_size, config.accumulation) as loader:
                 try:
                     loop.train(state, module, loader.batches(state.step, state.attempt), config, device=device, save=save,
-                               report=report if rank == 0 else lambda row: None, validate=validation,
-                               should_stop=should_stop, beat=watchdog.beat)
+                               save_averages=save_averages, report=report if rank == 0 else lambda row: None,
+                               validate=validation, should_stop=should_stop, beat=watchdog.beat)
                     return state
                 except loop.NonFiniteSteps as error:
                     writer.wait()
@@ -136,7 +143,8 @@ def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.d
             text = "\n  ".join([f"started from {config.init_from}:", *done.lines()])
             logger.info("%s", text)
             storage.write_bytes(storage.join(config.output, INIT_FROM), f"{text}\n".encode())
-    state = TrainState(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
+    averages = build_averages(model, config.ema)
+    state = TrainState(model=model, ema=averages.pop("ema"), more_ema=averages,
                        optimizer=build_optimizer(model, config.optim))
     if found:
         states.restore(state, found)
@@ -194,6 +202,8 @@ def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], er
         raise TrainingDiverged(f"{error}; {MAX_RETURNS} returns to step {step} with other random draws ended alike; lower "
                                "optim.lr, set optim.clip_norm, or use precision fp32, in another output folder") from error
     states.restore(state, found)
+    if ranks.is_first():
+        snapshots.drop_after(config.output, state.step)
     state.attempt = max(attempt, state.attempt) + 1
     logger.warning("%s; going back to step %d, with other random draws (attempt %d)", error, step, state.attempt)
 

@@ -1,6 +1,7 @@
 """What a run is at a step, and its checkpoint: a folder that opens without any training code.
 
     model/ ema/       diffusers' save_pretrained layout (safetensors)
+    ema_<...>/        the same of every further average (training/ema.py)
     optimizer.pt      torch, read with weights_only
     state.json        step, images seen, attempt, and the latents' VAE, size and classes
     metrics.parquet   the rows logged so far
@@ -34,6 +35,13 @@ class TrainState:
     attempt: int = 0
     history: list[dict] = field(default_factory=list)
     """Rows of metrics logged so far."""
+    more_ema: dict[str, MDT | DiT] = field(default_factory=dict)
+    """Further averages, by the name of their folder."""
+
+    @property
+    def averages(self) -> dict[str, MDT | DiT]:
+        """All averages by name."""
+        return {"ema": self.ema, **self.more_ema}
 
 
 def save_checkpoint(state: TrainState, output: str, run: dict, facts: dict) -> str:
@@ -47,7 +55,7 @@ def save_checkpoint(state: TrainState, output: str, run: dict, facts: dict) -> s
 def snapshot(state: TrainState, output: str, run: dict, facts: dict) -> Callable[[], str]:
     """Copy the state to the host's memory; returns what writes the copy, also from another thread while training goes on."""
     uri = storage.join(output, CHECKPOINTS, checkpoints.name(state.step))
-    modules = {"model": _copy(state.model), "ema": _copy(state.ema)}
+    modules = {name: copy_to_host(module) for name, module in {"model": state.model, **state.averages}.items()}
     optimizer = tree_map(_to_host, state.optimizer.state_dict())
     values = {"step": state.step, "attempt": state.attempt, **facts}
     history = list(state.history)
@@ -67,7 +75,7 @@ def snapshot(state: TrainState, output: str, run: dict, facts: dict) -> Callable
     return write
 
 
-def _copy(module: nn.Module) -> nn.Module:
+def copy_to_host(module: nn.Module) -> nn.Module:
     """The module with its weights copied to the host; nothing more is allocated on the device."""
     with torch.device("meta"):
         shell = type(module).from_config(module.config)
@@ -83,7 +91,7 @@ def restore(state: TrainState, uri: str) -> None:
     """Load a checkpoint into `state`, in place."""
     with tempfile.TemporaryDirectory() as parent:
         folder = storage.fetch_folder(uri, parent)
-        for module, name in ((state.model, "model"), (state.ema, "ema")):
+        for name, module in {"model": state.model, **state.averages}.items():
             module.load_state_dict(type(module).from_pretrained(folder / name, low_cpu_mem_usage=False).state_dict())
         state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
         values = json.loads((folder / "state.json").read_text())

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from mdt_ray import checkpoints, config_io, storage
-from mdt_ray.config import EmaConfig, LossConfig, ModelConfig, OptimConfig
+from mdt_ray.config import LossConfig, ModelConfig, OptimConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.models import MDT, DiT
 from mdt_ray.training import loop
-from mdt_ray.training.ema import ema_decay, update_ema
 from mdt_ray.training.meters import MACHINE_COLUMNS
 from mdt_ray.training.optim import Adan, build_optimizer, clip_gradients, learning_rate
 from mdt_ray.training.run import resolve_model, run_rank
@@ -261,16 +260,6 @@ def test_adan_learns_resumes_and_skips(folder, tmp_path):
     assert state.history[-1]["skipped_steps"] == 1
     assert all(torch.equal(before[name], value) for name, value in state.model.state_dict().items())
     assert all(not value.any() for values in state.optimizer.state.values() for value in values.values())
-
-
-def test_ema_by_hand():
-    a, b = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    expected = 0.9 * a.weight + 0.1 * b.weight
-    update_ema(a, b, 0.9)
-    torch.testing.assert_close(a.weight, expected)
-    assert ema_decay(0, EmaConfig(decay=0.998, warmup=True)) == pytest.approx(2 / 11)
-    assert ema_decay(10_000, EmaConfig(decay=0.998, warmup=True)) == 0.998
-    assert ema_decay(0, EmaConfig(decay=0.9999)) == 0.9999
 
 
 def test_clipping_scales_to_the_norm():

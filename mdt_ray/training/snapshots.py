@@ -1,0 +1,121 @@
+"""Snapshots of the power-function averages: written, listed, and added up to averages of other lengths (`mdt-ray ema`).
+
+    ema_snapshots/step-<step>/
+      ema_power_<std>/    diffusers' save_pretrained layout (safetensors, float32)
+      state.json          step, the sigma_rel of each, and what sampling needs to know (as in a checkpoint)
+      checksums.json      sha256 of every other file, written last
+"""
+
+import itertools
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mdt_ray import checkpoints, storage
+from mdt_ray.checkpoints import CHECKSUMS, SNAPSHOTS
+from mdt_ray.config import EmaConfig
+from mdt_ray.inference.sampler import load_model
+from mdt_ray.models import MDT, DiT
+from mdt_ray.training.ema import gamma_of, power_names
+from mdt_ray.training.posthoc import Profile
+from mdt_ray.training.state import TrainState, copy_to_host
+
+
+def save_snapshot(state: TrainState, output: str, config: EmaConfig, facts: dict) -> Callable[[], None]:
+    """Copy the power-function averages to the host's memory; returns what writes the snapshot, whole, also from another
+    thread. Nothing is done where it is there already: what is there is of this same run of steps (`drop_after`).
+
+    `facts` are stored in state.json beside the step.
+    """
+    uri = storage.join(output, SNAPSHOTS, checkpoints.name(state.step))
+    if storage.exists(storage.join(uri, CHECKSUMS)):
+        return lambda: None
+    names = power_names(config)
+    modules = {name: copy_to_host(state.averages[name]) for name in names}
+    values = {"step": state.step, "power_stds": names, **facts}
+
+    def write() -> None:
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "snapshot"
+            for name, module in modules.items():
+                module.save_pretrained(folder / name)
+            (folder / "state.json").write_text(json.dumps(values, indent=1))
+            checkpoints.publish(folder, uri)
+
+    return write
+
+
+def drop_after(output: str, step: int) -> None:
+    """Delete the snapshots beyond a step that training goes back to, and what a killed writer left half-written.
+
+    They come again. Where the steps do not repeat to the last bit (GPUs, another number of workers, another attempt), the
+    old ones would be of weights that led nowhere.
+    """
+    storage.clear_leftovers(storage.join(output, SNAPSHOTS))
+    for uri in checkpoints.list_finished(output, SNAPSHOTS):
+        if checkpoints.step_of(uri) > step:
+            storage.remove(storage.join(uri, CHECKSUMS))  # first, so that a kill in between leaves no half of one
+            storage.remove(uri)
+
+
+def list_until(output: str, step: int | None) -> list[str]:
+    """URIs of the snapshots of a training output up to a step (None: all), oldest first.
+
+    Raises ValueError if there are none, or `step` is not between the first and the last.
+    """
+    found = checkpoints.list_finished(output, SNAPSHOTS)
+    if not found:
+        raise ValueError(f"source = {output!r}: holds no {SNAPSHOTS}; name a training output, of a run with, say, "
+                         "--ema.power-stds 0.05 0.10 --ema.snapshot-every-steps 10000")
+    first, last = checkpoints.step_of(found[0]), checkpoints.step_of(found[-1])
+    if step is not None and not first <= step <= last:
+        raise ValueError(f"step = {step}: must be between the first and the last snapshot, of steps {first} and {last}")
+    return [uri for uri in found if step is None or checkpoints.step_of(uri) <= step]
+
+
+class Stored(NamedTuple):
+    """One average in a snapshot."""
+
+    uri: str
+    name: str
+    sigma_rel: float
+
+    @property
+    def profile(self) -> Profile:
+        """What it averages over."""
+        return Profile(gamma_of(self.sigma_rel), checkpoints.step_of(self.uri))
+
+
+def read_stored(uris: list[str]) -> list[Stored]:
+    """All averages in some snapshots."""
+    return [Stored(uri, name, std) for uri in uris
+            for name, std in storage.read_json(storage.join(uri, "state.json"))["power_stds"].items()]
+
+
+@torch.no_grad()
+def add_up(stored: list[Stored], coefficients: np.ndarray) -> MDT | DiT:
+    """The model whose parameters are the sum of coefficients (K,) times the stored averages, summed in float64.
+
+    One average is in memory at a time, beside the sum. Raises ValueError naming a damaged snapshot.
+    """
+    sums: list[torch.Tensor] = []
+    terms = zip(stored, coefficients, strict=True)
+    for uri, group in itertools.groupby(terms, key=lambda term: term[0].uri):
+        with tempfile.TemporaryDirectory() as parent:
+            folder = str(storage.fetch_folder(uri, parent))
+            fault = checkpoints.damage(folder)
+            if fault:
+                raise ValueError(f"{uri}: damaged ({fault}); bring it back, or delete that folder to do without it")
+            for term, coefficient in group:
+                model = load_model(folder, term.name)
+                sums = sums or [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+                for total, parameter in zip(sums, model.parameters(), strict=True):
+                    total.add_(parameter, alpha=float(coefficient))
+    for total, parameter in zip(sums, model.parameters(), strict=True):
+        parameter.copy_(total)
+    return model
