@@ -23,7 +23,7 @@ from mdt_ray.diffusion.guidance import Denoiser, guided
 from mdt_ray.diffusion.sampling import make_scheduler, sample
 from mdt_ray.inference import labels
 from mdt_ray.inference.card import model_card
-from mdt_ray.inference.sampler import load_model
+from mdt_ray.inference.sampler import check_weights, load_model
 from mdt_ray.models import MDT, DiT, layers
 
 CARD = "README.md"
@@ -61,7 +61,7 @@ class MDTPipeline(DiffusionPipeline):
         the Hugging Face hub holds.
 
         Args:
-            weights: `ema` or `model`, the averaged or the raw weights of a checkpoint.
+            weights: `ema` or `model`, the averaged or the raw weights of a checkpoint, or the name of a further average.
             kwargs: as diffusers' from_pretrained. For a checkpoint: `torch_dtype` (of the transformer; the VAE stays in
                 float32), and components that replace those of the checkpoint (`vae=`, `scheduler=`).
         Raises ValueError if there is neither, or the checkpoint's VAE cannot be had.
@@ -77,9 +77,7 @@ class MDTPipeline(DiffusionPipeline):
             pipe.card = card.read_text() if card.is_file() else None
             return pipe
         uri = checkpoints.resolve(path)
-        if weights not in ("ema", "model") or not storage.exists(storage.join(uri, weights)):
-            raise ValueError(f"weights = {weights!r}: {uri} has no such weights; use 'ema'"
-                             + (" or 'model'" if storage.exists(storage.join(uri, "model")) else ""))
+        check_weights(uri, weights)
         facts = storage.read_json(storage.join(uri, "state.json"))
         named = VaeConfig(path=facts["vae"]["path"], revision=facts["vae"]["revision"])
         vae = kwargs.pop("vae", None) or load_vae(named).model

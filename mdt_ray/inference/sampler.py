@@ -17,8 +17,20 @@ from mdt_ray.models import MDT, DiT
 MODEL_CLASSES = {"MDT": MDT, "DiT": DiT}
 
 
+def check_weights(checkpoint: str, weights: str) -> None:
+    """Raise ValueError, naming those there, if a checkpoint folder (URI) has no such weights."""
+    if not weights or not storage.exists(storage.join(checkpoint, weights, "config.json")):
+        names = [name for name in storage.list_names(checkpoint)
+                 if storage.exists(storage.join(checkpoint, name, "config.json"))]
+        raise ValueError(f"weights = {weights!r}: {checkpoint} has no such weights; use one of {', '.join(names)}")
+
+
 def load_model(checkpoint: str, weights: str) -> MDT | DiT:
-    """The `ema` or raw `model` weights of a checkpoint folder (URI), in evaluation mode."""
+    """Weights of a checkpoint folder (URI), in evaluation mode: `ema`, the raw `model`, or a further average by its name.
+
+    Raises ValueError as `check_weights`.
+    """
+    check_weights(checkpoint, weights)
     with tempfile.TemporaryDirectory() as parent:
         folder = storage.fetch_folder(storage.join(checkpoint, weights), parent)
         name = storage.read_json(str(folder / "config.json"))["_class_name"]

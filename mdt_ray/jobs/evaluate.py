@@ -22,7 +22,7 @@ from mdt_ray.data import listings, readers, sources
 from mdt_ray.data.listings import Listing
 from mdt_ray.data.sources import Source
 from mdt_ray.evaluation import chunks
-from mdt_ray.inference.sampler import Sampler
+from mdt_ray.inference.sampler import Sampler, check_weights
 from mdt_ray.jobs import fanout, progress, session
 from mdt_ray.training.run import autocast_dtype
 
@@ -70,6 +70,7 @@ def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
     reference = config.reference if config.reference == "digits" else storage.absolute(config.reference)
     config = dataclasses.replace(config, checkpoint=checkpoint, reference=reference, output=storage.absolute(config.output))
     facts = storage.read_json(storage.join(checkpoint, "state.json"))
+    check_weights(checkpoint, config.sampling.weights)
     chunks.check_extractor(config.extractor, facts["image_size"])
     source = sources.open_source(config.reference)
     checkpoint_hash = storage.sha256(storage.read_bytes(storage.join(checkpoint, checkpoints.CHECKSUMS)))[:16]
