@@ -13,7 +13,7 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
-from mdt_ray import checkpoints, storage
+from mdt_ray import checkpoints, run_folder, storage
 from mdt_ray.config import NON_COMMERCIAL
 from mdt_ray.inference.card import model_card
 from mdt_ray.inference.labels import imagenet_classes
@@ -98,13 +98,30 @@ def write_checkpoint(converted: official.Converted, output: str, *, source: str,
              "latent_shape": [config.in_channels, size, size], "class_names": names, "num_classes": num_classes,
              "origin": {"file": Path(source).name, "layout": converted.layout, "sha256": sha256, "license": license,
                         "notes": converted.notes}}
+    publish(converted.model, output, run, facts, converted.spare)
+
+
+def is_published(output: str, run: dict[str, Any]) -> bool:
+    """Whether `publish` has been here. Raises ValueError if the folder holds another run, or other files, which it would
+    replace."""
+    run_folder.check_identity(output, run)
+    if storage.exists(storage.join(output, checkpoints.CHECKSUMS)):
+        return True
+    if storage.is_local(output) and storage.list_names(output):  # (elsewhere these may be parts of an upload)
+        raise ValueError(f"output = {output!r}: holds other files; name a new folder")
+    return False
+
+
+def publish(model: MDT | DiT, output: str, run: dict[str, Any], facts: dict[str, Any],
+            spare: official.StateDict | None = None) -> None:
+    """A checkpoint for inference, whole: the model as ema/, state.json (`facts`), run.json, the card, spare tensors."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "checkpoint"
-        converted.model.save_pretrained(folder / "ema")
+        model.save_pretrained(folder / "ema")
         (folder / "state.json").write_text(json.dumps(facts, indent=1))
         (folder / "run.json").write_text(json.dumps(run, indent=1))
-        if converted.spare:
-            save_file(converted.spare, folder / SPARE)
+        if spare:
+            save_file(spare, folder / SPARE)
         (folder / "README.md").write_text(model_card(str(folder)))
         checkpoints.publish(folder, output)
 

@@ -2,7 +2,7 @@
 
 import logging
 
-from mdt_ray import checkpoints, run_folder, storage
+from mdt_ray import run_folder, storage
 from mdt_ray.config import ConvertConfig
 from mdt_ray.inference import convert as files
 from mdt_ray.models import official
@@ -27,8 +27,7 @@ def convert(config: ConvertConfig) -> str:
 def _import(config: ConvertConfig) -> str:
     weights = files.read_weights(config.source)
     run = run_folder.describe("convert", config, {"source": weights.sha256})
-    run_folder.check_identity(config.output, run)
-    if storage.exists(storage.join(config.output, checkpoints.CHECKSUMS)):
+    if files.is_published(config.output, run):
         return config.output
     asked = {"num_heads": config.num_heads, "decode_layer": config.decode_layer, "input_size": config.input_size,
              "class_dropout_prob": config.class_dropout_prob}

@@ -119,6 +119,11 @@ def test_bad_sources_are_named(published, tmp_path, capsys):
     assert "holds another run" in capsys.readouterr().err
     assert main(["convert", "--source", str(tmp_path / "ours"), "--output", str(published["dit"]), "--to", "mdt_v1"]) == 1
     assert "exists; name another" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    assert main(["convert", "--source", str(published["dit"]), "--output", str(tmp_path / "mine")]) == 1
+    assert "holds other files; name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "file").exists()
     assert main(["convert", "digits", "--source", "a", "--output", "b"]) == 2
     assert "convert has no presets" in capsys.readouterr().err
 
