@@ -17,6 +17,7 @@ from mdt_ray.config import (
     PlanConfig,
     PrecomputeConfig,
     QuickstartConfig,
+    ReconstructConfig,
     TrainConfig,
     TuneConfig,
     VerifyConfig,
@@ -45,6 +46,8 @@ JOBS = {
                     ("output", "checkpoint", "reference"), "evaluate"),
     "convert": Job(ConvertConfig, "weights of MDT, MDTv2, DiT or diffusers' DiT <-> checkpoints", ("output", "source"),
                    "convert"),
+    "ema": Job(ReconstructConfig, "snapshots of a training run -> a checkpoint averaged over any length",
+               ("output", "source", "sigma_rel"), "ema"),
     "quickstart": Job(QuickstartConfig, "all four in order, then a report page", ("output",), "quickstart"),
     "plan": Job(PlanConfig, "whether a training run fits, how long it takes, what it writes", (), "plan_train",
                 "plan_train"),
@@ -141,8 +144,8 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in JOBS[job].needed:
         if not getattr(config, name):
-            raise ValueError(f"--{name}: not given; name it" + (
-                "" if name == "folder" else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
+            raise ValueError(f"--{name.replace('_', '-')}: not given; name it" + (
+                "" if name in ("folder", "sigma_rel") else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
     module = importlib.import_module(f"mdt_ray.jobs.{JOBS[job].module or job.partition(' ')[0]}")
     result = getattr(module, JOBS[job].function)(config)
     return _last_line(job, config, result)

@@ -30,13 +30,14 @@ def model_card(checkpoint: str) -> str:
     model = {k: v for k, v in storage.read_json(storage.join(checkpoint, "ema", "config.json")).items() if k[0] != "_"}
     origin, started = facts.get("origin"), facts.get("started_from")
     license = (origin or started or {}).get("license")
-    kind = origin["layout"] if origin else run.get("config", {}).get("model", {}).get("kind", "mdt")
+    trained = run.get("trained", run.get("config", {}))  # (a reconstructed average names the settings of its training)
+    kind = origin["layout"] if origin else trained.get("model", {}).get("kind", "mdt")
     side = facts["image_size"]
     title = f"{kind}, {model['depth']} blocks of width {model['hidden_size']}, patch {model['patch_size']}, {side}x{side}"
     text = HEAD.format(tag="dit" if "dit" in kind else "masked-diffusion-transformer", title=title,
                        license=f"license: {license}\n" if license else "",
                        labels="class_labels=[0], " if model["num_classes"] else "")
-    text += _origin(origin) if origin else _training(checkpoint, facts, run)
+    text += _origin(origin) if origin else _training(checkpoint, facts, trained)
     if started:
         text += f"Training started from the weights of `{started['file']}`.\n\n"
     if license == NON_COMMERCIAL:
@@ -48,12 +49,14 @@ def model_card(checkpoint: str) -> str:
     return text + _table("Versions", run.get("versions", {}))
 
 
-def _training(checkpoint: str, facts: dict[str, Any], run: dict[str, Any]) -> str:
-    config = run.get("config", {})
+def _training(checkpoint: str, facts: dict[str, Any], config: dict[str, Any]) -> str:
     rows = {"steps": facts["step"]}
     if config:
         rows |= {"images seen": facts["step"] * config["batch_size"], "batch size": config["batch_size"],
                  "EMA decay": config["ema"]["decay"], "seed": config["seed"], "precision": config["precision"]}
+        if "average" in facts:
+            rows["EMA decay"] = "power function of sigma_rel {sigma_rel:g}, reconstructed to {error:.2%}".format(
+                **facts["average"])
         rows |= {f"optim.{name}": value for name, value in config["optim"].items()}
         rows |= {f"loss.{name}": value for name, value in config["loss"].items()}
     uri = storage.join(checkpoint, "metrics.parquet")
