@@ -78,7 +78,8 @@ def test_runs_are_as_long_as_the_longest_published(name, steps):
 def test_what_a_fast_recipe_changes_and_nothing_else(name):
     published, fast = train(name), train(f"{name}-fast")
     changes = {
-        "precision": "bf16", "batch_size": 1024, "accumulation": 4, "num_steps": published.num_steps // 4, "ema.decay": 0.9996,
+        "precision": "bf16", "batch_size": 1024, "accumulation": 4, "num_steps": published.num_steps // 4,
+        "ema.decay": 0.9996,
         "optim.lr": 2 * published.optim.lr, "optim.warmup_steps": 2000, "optim.clip_norm": 1.0,
         "output": f"runs/{name}-fast/train"}
     assert config_io.override(published, changes) == fast

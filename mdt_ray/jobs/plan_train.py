@@ -203,5 +203,5 @@ def _time(config: PlanConfig, cost: Cost) -> str:
 def _checkpoints(config: PlanConfig, cost: Cost) -> str:
     steps = sorted({*range(0, config.num_steps, config.checkpoint_every_steps), config.num_steps})
     kept, each = len(checkpoints.kept(steps, config.keep_last, config.keep_every_steps)), cost.checkpoint_bytes
-    return (f"{size(each)} each, {kept:,} of {len(steps):,} kept: {size(kept * each)}; one more, and as much host memory, while "
-            "it is written")
+    return (f"{size(each)} each, {kept:,} of {len(steps):,} kept: {size(kept * each)}; one more, and as much host memory, "
+            "while it is written")

@@ -22,8 +22,9 @@ from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
 from mdt_ray.inference import convert
 from mdt_ray.interrupts import Stopped, Wish, stop_signals
-from mdt_ray.jobs import control, fanout, nodes, progress, session
+from mdt_ray.jobs import control, fanout, nodes, preflight, progress, session
 from mdt_ray.training.run import INIT_FROM, STACKS, TrainingDiverged, resolve_model, run_rank
+from mdt_ray.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 MAX_FAILURES = 10
@@ -71,28 +72,38 @@ def train(config: TrainConfig) -> str:
     Raises ValueError as `prepare`, and if the output holds another run or has another writer; Stopped after a signal, with
     a checkpoint written; what a worker raised, once it failed too often.
     """
-    config, _, run = prepare(config)
+    config, manifest, run = prepare(config)
     run_folder.check_identity(config.output, run)
     if not is_finished(config):
         with run_folder.claim(config.output, run) as token:
             session.start()
+            preflight.check_nodes(config, manifest)
             if config.init_from and not checkpoints.list_finished(config.output):
                 logger.info("starting from %s; %s lists what is taken and what is new", config.init_from,
                             storage.join(config.output, INIT_FROM))
-            with stop_signals() as wish, _shown(config) as on_row:
+            first_step = checkpoints.newest_step(config.output)
+            with (open_trackers(config.track, config.output, run, first_step) as track, stop_signals() as wish,
+                  _shown(config, first_step, track) as on_row):
                 _train_to_the_end(config, run, token, wish, on_row)
     return checkpoints.resolve(config.output)
 
 
 @contextlib.contextmanager
-def _shown(config: TrainConfig) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What is done with a row of metrics on the driver."""
-    first = checkpoints.newest_step(config.output)
-    with progress.bar(config.num_steps * config.batch_size, "image", "train", first * config.batch_size) as bar:
+def _shown(config: TrainConfig, first_step: int, track: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
+    """What is done with a row of metrics on the driver: the bar, and the trackers where it is news.
+
+    Workers that go on from a checkpoint send the rows after it again.
+    """
+    newest = (0, first_step)  # attempt, step
+    with progress.bar(config.num_steps * config.batch_size, "image", "train", first_step * config.batch_size) as bar:
 
         def show(row: dict[str, Any]) -> None:
+            nonlocal newest
             bar.set_postfix_str(f"step {row['step']}/{config.num_steps} loss {row['loss']:.3f}", refresh=False)
             bar.update(row["images_seen"] - bar.n)
+            if (row["attempt"], row["step"]) > newest:
+                newest = (row["attempt"], row["step"])
+                track(row)
 
         yield show
 

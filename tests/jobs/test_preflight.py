@@ -84,7 +84,8 @@ def test_a_node_that_hangs_is_named(manifest, tmp_path, monkeypatch):
     path.unlink()
     os.mkfifo(path)
     monkeypatch.setattr(preflight, "TIMEOUT_SECONDS", 0.5)
-    assert_lines(refusal(manifest, tmp_path / "latents", tmp_path / "out"), rf"{NODE}no answer within 0.5 s; look at that node's")
+    assert_lines(refusal(manifest, tmp_path / "latents", tmp_path / "out"),
+                 rf"{NODE}no answer within 0.5 s; look at that node's")
 
 
 @pytest.mark.ray
@@ -145,7 +146,8 @@ def test_versions_that_matter_are_compared():
     assert compare_versions(here, here | {"machine": "riscv", "python": "3.11.9", "torch": "2.9.0+cu128"}) == []
     assert compare_versions(here, {k: v for k, v in here.items() if k != "git"}) == []
     assert compare_versions({k: v for k, v in here.items() if k != "git"}, here) == []
-    there = {k: v for k, v in here.items() if k != "numpy"} | {"python": "3.12.4", "torch": "2.10.0", "git": "b2", "ray": "2.61"}
+    there = {k: v for k, v in here.items() if k != "numpy"}
+    there |= {"python": "3.12.4", "torch": "2.10.0", "git": "b2", "ray": "2.61"}
     assert compare_versions(here, there) == [
         "python 3.12.4 (driver: 3.11.4)", "torch 2.10.0 (driver: 2.9.0+cpu)", f"ray 2.61 (driver: {here['ray']})",
         "numpy missing (driver: 2.1.0)", "git b2 (driver: a1)"]
@@ -161,8 +163,8 @@ def test_its_tasks_do_not_load_torch():
 @pytest.mark.slow
 @pytest.mark.ray
 def test_several_nodes(tmp_path):
-    """A head without CPUs is not asked; a node with a disk of its own, or without the GPU that it claims, is refused; one that
-    dies during the check is left out."""
+    """A head without CPUs is not asked; a node with a disk of its own, or without the GPU that it claims, is refused; one
+    that dies during the check is left out."""
     done = subprocess.run([sys.executable, "-m", "tests.jobs.preflight_nodes", str(tmp_path)], cwd=ROOT, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -170,10 +172,12 @@ def test_several_nodes(tmp_path):
     gpu, apart = (rf"  node [\d.]+ \(id {seen[name]}\): " for name in ("gpu", "apart"))
     assert all(seen[scenario]["left"] == [] for scenario in ("own disk", "lost", "fine", "no GPU"))
 
-    assert_lines(seen["own disk"]["log"][:1], "^WARNING workers.num_workers = 3: .* Ray has room for 2 .*; waiting for more nodes")
+    assert_lines(seen["own disk"]["log"][:1],
+                 "^WARNING workers.num_workers = 3: .* Ray has room for 2 .*; waiting for more nodes")
     if seen["may_mount"]:
         assert_lines(seen["own disk"]["error"].split("\n"), "^1 of 2 nodes cannot train:",
-                     rf"{apart}{tmp_path}/out is another folder there than on the driver, .*; put the output on storage that every")
+                     rf"{apart}{tmp_path}/out is another folder there than on the driver, .*; put the output on "
+                     "storage that every")
 
     assert_lines(seen["lost"]["error"].split("\n"), "^1 of 2 nodes cannot train:", f"{gpu}cannot read .*chunk-00000.parquet")
     assert_lines(seen["lost"]["log"], rf"WARNING preflight: {apart.strip()[:-2]} was lost meanwhile and is left out")
