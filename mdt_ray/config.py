@@ -291,99 +291,6 @@ class TrackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Job `train`: latents -> checkpoints."""
-
-    latents: str = operational("")
-    """Folder (URI) that `precompute` wrote; its content, not its place, is part of the identity."""
-    output: str = operational("")
-    """Folder (URI) for checkpoints and metrics."""
-    init_from: str = operational("")
-    """Weights to start from: a checkpoint, a published file or a diffusers DiT. Its content is part of the identity."""
-    model: ModelConfig = ModelConfig()
-    """The transformer."""
-    loss: LossConfig = LossConfig()
-    """The training objective."""
-    optim: OptimConfig = OptimConfig()
-    """The optimiser."""
-    ema: EmaConfig = EmaConfig()
-    """The averaged weights."""
-    batch_size: int = 256
-    """Images per step, over all workers."""
-    num_lanes: int = 64
-    """Equal parts of a batch that each have their own images and random numbers (at most as many workers)."""
-    seed: int = 0
-    """Seed of weights, order and noise."""
-    flip: bool = False
-    """Take the mirror image of every image with p = 0.5; needs latents precomputed with --flip."""
-    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
-    """Autocast to bf16, or float32 (with TF32 matrix products on a GPU, or without); auto takes bf16 where the hardware has
-    it, else fp32."""
-    num_steps: int = operational(400_000)
-    """Steps to train to."""
-    workers: WorkersConfig = operational(WorkersConfig())
-    """DDP workers."""
-    accumulation: int = operational(1)
-    """Micro-batches, of whole lanes, that a worker takes one after the other in a step: less memory, same gradients."""
-    log_every_steps: int = operational(50)
-    """Steps between two rows of metrics."""
-    checkpoint_every_steps: int = operational(5_000)
-    """Steps between two checkpoints."""
-    keep_last: int = operational(2)
-    """Newest checkpoints kept."""
-    keep_every_steps: int = operational(0)
-    """Also keep every checkpoint at a multiple of this step (0: none)."""
-    validate_every_steps: int = operational(5_000)
-    """Steps between two measurements of the loss on held-out images, by the averaged weights (0: none)."""
-    min_workers: int = operational(0)
-    """Go on with as few as these when nodes are lost, and with more as nodes come (0: always with num_workers)."""
-    hang_timeout_s: float = operational(1800.0)
-    """Seconds without a step after which the workers' stacks are written and they are started again (0: never)."""
-    track: TrackConfig = operational(TrackConfig())
-    """Experiment trackers."""
-
-    def __post_init__(self):
-        for name in ("keep_every_steps", "validate_every_steps", "min_workers", "hang_timeout_s"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        require(self.min_workers <= self.workers.num_workers, "min_workers", self.min_workers,
-                f"must not exceed workers.num_workers = {self.workers.num_workers}")
-        for name in ("batch_size", "num_lanes", "num_steps", "log_every_steps", "checkpoint_every_steps", "keep_last",
-                     "accumulation"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
-        require(self.model.kind != "dit" or self.loss.passes != "masked", "loss.passes", self.loss.passes,
-                "DiT has no masked pass; use 'full'")
-        require(self.batch_size % self.num_lanes == 0, "num_lanes", self.num_lanes,
-                f"must divide batch_size = {self.batch_size}")
-        require(self.workers.num_workers <= self.num_lanes, "workers.num_workers", self.workers.num_workers,
-                f"must not exceed num_lanes = {self.num_lanes}: a worker owns whole lanes")
-        require(self.workers.num_workers * self.accumulation <= self.num_lanes, "accumulation", self.accumulation,
-                f"times workers.num_workers = {self.workers.num_workers} must not exceed num_lanes = {self.num_lanes}: a "
-                "micro-batch is whole lanes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig(TrainConfig):
-    """Job `plan`: what a training run would take. The settings of `train`, and what is assumed of machine and data."""
-
-    gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200"] = operational("a100-40gb")
-    """The GPUs: their memory must suffice, their peak speed gives the time (not used with workers.gpus_per_worker 0)."""
-    mfu: float = operational(0.35)
-    """Assumed share of the GPU's peak that the model's operations reach (the published XL/2's 18.5 images/s are 0.15 of an
-    A100's TF32)."""
-    images_per_second: float | None = operational(None)
-    """Measured rate of all workers together (a run logs it); wins over mfu."""
-    num_images: int = operational(NUM_IMAGENET_IMAGES)
-    """Images to train on, as long as there are no latents to count."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(0 < self.mfu <= 1, "mfu", self.mfu, "must be in (0, 1]")
-        require(self.images_per_second is None or self.images_per_second > 0, "images_per_second", self.images_per_second,
-                "must be positive, or None")
-        require(self.num_images > 0, "num_images", self.num_images, "must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How an image is drawn from a checkpoint."""
 
@@ -443,6 +350,105 @@ class EvaluateConfig:
     def __post_init__(self):
         for name in ("num_samples", "chunk_size", "sample_batch_size"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Job `train`: latents -> checkpoints."""
+
+    latents: str = operational("")
+    """Folder (URI) that `precompute` wrote; its content, not its place, is part of the identity."""
+    output: str = operational("")
+    """Folder (URI) for checkpoints and metrics."""
+    init_from: str = operational("")
+    """Weights to start from: a checkpoint, a published file or a diffusers DiT. Its content is part of the identity."""
+    model: ModelConfig = ModelConfig()
+    """The transformer."""
+    loss: LossConfig = LossConfig()
+    """The training objective."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser."""
+    ema: EmaConfig = EmaConfig()
+    """The averaged weights."""
+    batch_size: int = 256
+    """Images per step, over all workers."""
+    num_lanes: int = 64
+    """Equal parts of a batch that each have their own images and random numbers (at most as many workers)."""
+    seed: int = 0
+    """Seed of weights, order and noise."""
+    flip: bool = False
+    """Take the mirror image of every image with p = 0.5; needs latents precomputed with --flip."""
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    """Autocast to bf16, or float32 (with TF32 matrix products on a GPU, or without); auto takes bf16 where the hardware has
+    it, else fp32."""
+    num_steps: int = operational(400_000)
+    """Steps to train to."""
+    workers: WorkersConfig = operational(WorkersConfig())
+    """DDP workers."""
+    accumulation: int = operational(1)
+    """Micro-batches, of whole lanes, that a worker takes one after the other in a step: less memory, same gradients."""
+    log_every_steps: int = operational(50)
+    """Steps between two rows of metrics."""
+    checkpoint_every_steps: int = operational(5_000)
+    """Steps between two checkpoints."""
+    keep_last: int = operational(2)
+    """Newest checkpoints kept."""
+    keep_every_steps: int = operational(0)
+    """Also keep every checkpoint at a multiple of this step (0: none)."""
+    validate_every_steps: int = operational(5_000)
+    """Steps between two measurements of the loss on held-out images, by the averaged weights (0: none)."""
+    sample_every_steps: int = operational(0)
+    """Steps between two previews, drawn from a checkpoint by a task beside training (0: none)."""
+    samples: EvaluateConfig = operational(EvaluateConfig(num_samples=1000, keep_images=64))
+    """How previews are drawn and measured; without a reference only a picture is made. Checkpoint and output are given."""
+    min_workers: int = operational(0)
+    """Go on with as few as these when nodes are lost, and with more as nodes come (0: always with num_workers)."""
+    hang_timeout_s: float = operational(1800.0)
+    """Seconds without a step after which the workers' stacks are written and they are started again (0: never)."""
+    track: TrackConfig = operational(TrackConfig())
+    """Experiment trackers."""
+
+    def __post_init__(self):
+        for name in ("keep_every_steps", "validate_every_steps", "sample_every_steps", "min_workers", "hang_timeout_s"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        require(self.sample_every_steps % self.checkpoint_every_steps == 0, "sample_every_steps", self.sample_every_steps,
+                f"must be a multiple of checkpoint_every_steps = {self.checkpoint_every_steps}")
+        require(self.min_workers <= self.workers.num_workers, "min_workers", self.min_workers,
+                f"must not exceed workers.num_workers = {self.workers.num_workers}")
+        for name in ("batch_size", "num_lanes", "num_steps", "log_every_steps", "checkpoint_every_steps", "keep_last",
+                     "accumulation"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(self.model.kind != "dit" or self.loss.passes != "masked", "loss.passes", self.loss.passes,
+                "DiT has no masked pass; use 'full'")
+        require(self.batch_size % self.num_lanes == 0, "num_lanes", self.num_lanes,
+                f"must divide batch_size = {self.batch_size}")
+        require(self.workers.num_workers <= self.num_lanes, "workers.num_workers", self.workers.num_workers,
+                f"must not exceed num_lanes = {self.num_lanes}: a worker owns whole lanes")
+        require(self.workers.num_workers * self.accumulation <= self.num_lanes, "accumulation", self.accumulation,
+                f"times workers.num_workers = {self.workers.num_workers} must not exceed num_lanes = {self.num_lanes}: a "
+                "micro-batch is whole lanes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """Job `plan`: what a training run would take. The settings of `train`, and what is assumed of machine and data."""
+
+    gpu: Literal["a100-40gb", "a100-80gb", "h100", "h200"] = operational("a100-40gb")
+    """The GPUs: their memory must suffice, their peak speed gives the time (not used with workers.gpus_per_worker 0)."""
+    mfu: float = operational(0.35)
+    """Assumed share of the GPU's peak that the model's operations reach (the published XL/2's 18.5 images/s are 0.15 of an
+    A100's TF32)."""
+    images_per_second: float | None = operational(None)
+    """Measured rate of all workers together (a run logs it); wins over mfu."""
+    num_images: int = operational(NUM_IMAGENET_IMAGES)
+    """Images to train on, as long as there are no latents to count."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.mfu <= 1, "mfu", self.mfu, "must be in (0, 1]")
+        require(self.images_per_second is None or self.images_per_second > 0, "images_per_second", self.images_per_second,
+                "must be positive, or None")
+        require(self.num_images > 0, "num_images", self.num_images, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

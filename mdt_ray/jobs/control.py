@@ -79,9 +79,9 @@ class Asked:
 
 
 def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_workers: int, wish: Wish,
-          on_row: Callable[[dict[str, Any]], None]) -> str | None:
-    """Run `fit`, which launches the workers and waits for them, in a thread; hand their rows to `on_row` meanwhile and ask
-    them to stop where there is a reason. Returns the reason, or None where they ended by themselves.
+          on_row: Callable[[dict[str, Any]], None], meanwhile: Callable[[], None]) -> str | None:
+    """Run `fit`, which launches the workers and waits for them, in a thread; meanwhile hand their rows to `on_row`, call
+    `meanwhile`, and ask them to stop where there is a reason. Returns the reason, or None where they ended by themselves.
 
     Raises what `fit` raises, unless the workers were asked to stop because of a signal.
     """
@@ -100,6 +100,7 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         _hand_over(control, on_row)
+        meanwhile()
         if reason is None:
             reason = _reason(control, wish, growth)
             if reason is not None:

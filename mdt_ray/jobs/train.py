@@ -22,8 +22,9 @@ from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
 from mdt_ray.inference import convert
 from mdt_ray.interrupts import Stopped, Wish, stop_signals
-from mdt_ray.jobs import control, fanout, nodes, preflight, progress, session
-from mdt_ray.training.run import INIT_FROM, STACKS, TrainingDiverged, resolve_model, run_rank
+from mdt_ray.jobs import control, fanout, nodes, preflight, previews, progress, session
+from mdt_ray.training import samples
+from mdt_ray.training.run import INIT_FROM, METRICS, STACKS, TrainingDiverged, resolve_model, run_rank, write_metrics
 from mdt_ray.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,11 @@ def train(config: TrainConfig) -> str:
     Raises ValueError as `prepare`, and if the output holds another run or has another writer; Stopped after a signal, with
     a checkpoint written; what a worker raised, once it failed too often.
     """
+    previews.check(config)
     config, manifest, run = prepare(config)
     run_folder.check_identity(config.output, run)
-    if not is_finished(config):
+    finished = is_finished(config)
+    if not finished or samples.due(config.output, config.sample_every_steps):
         with run_folder.claim(config.output, run) as token:
             session.start()
             preflight.check_nodes(config, manifest)
@@ -84,8 +87,12 @@ def train(config: TrainConfig) -> str:
             first_step = checkpoints.newest_step(config.output)
             with (open_trackers(config.track, config.output, run, first_step) as track, stop_signals() as wish,
                   _shown(config, first_step, track) as on_row):
-                _train_to_the_end(config, run, token, wish, on_row)
-    return checkpoints.resolve(config.output)
+                on_the_way = previews.Previews(config, on_row)
+                if not finished:
+                    _train_to_the_end(config, run, token, wish, on_row, on_the_way)
+                on_the_way.finish()
+            write_metrics(config.output, checkpoints.read_metrics(storage.join(config.output, METRICS)))
+    return checkpoints.list_finished(config.output)[-1]
 
 
 @contextlib.contextmanager
@@ -99,6 +106,8 @@ def _shown(config: TrainConfig, first_step: int, track: Callable[[dict], None]) 
 
         def show(row: dict[str, Any]) -> None:
             nonlocal newest
+            if "loss" not in row:  # of samples, which come when they are drawn
+                return track(row)
             bar.set_postfix_str(f"step {row['step']}/{config.num_steps} loss {row['loss']:.3f}", refresh=False)
             bar.update(row["images_seen"] - bar.n)
             if (row["attempt"], row["step"]) > newest:
@@ -108,7 +117,8 @@ def _shown(config: TrainConfig, first_step: int, track: Callable[[dict], None]) 
         yield show
 
 
-def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on_row: Callable[[dict], None]) -> None:
+def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on_row: Callable[[dict], None],
+                      on_the_way: previews.Previews) -> None:
     """Launch workers until they finish. What ends them before costs a launch from the newest checkpoint."""
     failures, step = 0, checkpoints.newest_step(config.output)
     while True:
@@ -117,7 +127,7 @@ def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on
         reason = None
         try:
             if wish.signum is None:
-                reason = _launch(config, run, token, num_workers, wish, on_row)
+                reason = _launch(config, run, token, num_workers, wish, on_row, on_the_way.poll)
                 if reason is None:
                     return
         except FINAL:
@@ -131,6 +141,7 @@ def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on
                            f"; where it hung: {storage.join(config.output, STACKS, hung[0])}" if hung else "")
         step = checkpoints.newest_step(config.output)
         if wish.signum is not None:
+            on_the_way.cancel()
             raise Stopped(wish.signum, f"stopped; the checkpoint of step {step} is written")
         if reason is not None:
             logger.warning("%s: starting the workers again from step %d", reason, step)
@@ -155,7 +166,7 @@ def _wait_for_room(config: TrainConfig, wish: Wish) -> int:
 
 
 def _launch(config: TrainConfig, run: dict, token: str, num_workers: int, wish: Wish,
-            on_row: Callable[[dict], None]) -> str | None:
+            on_row: Callable[[dict], None], meanwhile: Callable[[], None]) -> str | None:
     """Start workers and wait for them; returns why they were asked to stop, or None where they finished."""
     workers, channel = config.workers, control.open_control()
     trainer = TorchTrainer(
@@ -173,7 +184,7 @@ def _launch(config: TrainConfig, run: dict, token: str, num_workers: int, wish: 
             # Workers that cannot be placed are for us to count again, not for Ray to try without end.
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0)))
     try:
-        return control.watch(functools.partial(_fit, trainer), channel, config, num_workers, wish, on_row)
+        return control.watch(functools.partial(_fit, trainer), channel, config, num_workers, wish, on_row, meanwhile)
     finally:
         storage.remove(storage.join(config.output, "ray"))
         ray.kill(channel)

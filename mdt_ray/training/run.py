@@ -15,7 +15,7 @@ from mdt_ray.data.latents import Manifest
 from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.inference.convert import load_any, origin_of
 from mdt_ray.models.transfer import transfer
-from mdt_ray.training import loop, ranks, snapshots
+from mdt_ray.training import loop, ranks, samples, snapshots
 from mdt_ray.training import state as states
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
@@ -185,10 +185,16 @@ def _publishing(state: TrainState, config: TrainConfig, run: dict, facts: dict) 
 
     def publish() -> None:
         write()
-        checkpoints.write_metrics(storage.join(config.output, METRICS), history)
-        states.prune_checkpoints(config.output, config.keep_last, config.keep_every_steps)
+        write_metrics(config.output, history)
+        states.prune_checkpoints(config.output, config.keep_last, config.keep_every_steps,
+                                 spare=samples.due(config.output, config.sample_every_steps))
 
     return publish
+
+
+def write_metrics(output: str, rows: list[dict]) -> None:
+    """metrics.parquet beside the checkpoints: rows of metrics, with those of samples so far."""
+    checkpoints.write_metrics(storage.join(output, METRICS), samples.with_columns(output, rows))
 
 
 def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], error: loop.NonFiniteSteps) -> None:

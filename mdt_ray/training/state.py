@@ -11,7 +11,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,12 +99,13 @@ def restore(state: TrainState, uri: str) -> None:
         state.history[:] = checkpoints.read_metrics(str(folder / "metrics.parquet"))
 
 
-def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those at a multiple of `keep_every_steps` (0: none)."""
+def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int, spare: Collection[int] = ()) -> None:
+    """Delete all but the newest `keep_last` checkpoints, those at a multiple of `keep_every_steps` (0: none), and those of
+    the steps to `spare`."""
     finished = {checkpoints.step_of(uri): uri for uri in checkpoints.list_finished(output)}
     kept = checkpoints.kept(list(finished), keep_last, keep_every_steps)
     for step, uri in finished.items():
-        if step not in kept:
+        if step not in kept and step not in spare:
             # The mark of a whole checkpoint goes first, so that a kill in between leaves no half of one.
             storage.remove(storage.join(uri, CHECKSUMS))
             storage.remove(uri)
