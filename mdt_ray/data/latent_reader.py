@@ -68,9 +68,10 @@ class LatentReader:
         rows = images - self.starts[groups]
         moments = np.empty((len(images), 2, *self.manifest.shape), np.float16)
         labels = np.empty(len(images), np.int64)
-        for group in np.unique(groups):
-            here = np.flatnonzero(groups == group)
-            arrays = self._get(int(group))
+        by_group = groups.argsort(kind="stable")
+        firsts = np.flatnonzero(np.diff(groups[by_group], prepend=-1))
+        for here in np.split(by_group, firsts)[1:]:
+            arrays = self._get(int(groups[here[0]]))
             moments[here] = arrays["moments"][rows[here]]
             labels[here] = arrays["label"][rows[here]]
             if mirrored is not None:

@@ -1,19 +1,17 @@
 """Training batches: latents read by row group in the order of the lanes, with every random number of the step drawn.
 
-A step of training is a pure function of the weights and of one of these batches. One thread makes them ahead, others fetch
-row groups ahead of it.
+A step of training is a pure function of the weights and of one of these batches. Threads make them ahead, others fetch row
+groups ahead of those.
 
 B images of this rank, C latent channels, h x w latent size, L tokens.
 """
 
-import contextlib
 import itertools
-import queue
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +22,9 @@ from mdt_ray.data.latents import Manifest
 from mdt_ray.data.order import NUM_SLOTS, Order, lanes_of, stream_seed
 
 PREFETCH_BATCHES = 4
-"""Finished batches that wait to be taken."""
+"""Batches being made, or finished and waiting to be taken."""
+MAKER_THREADS = 2
+"""Batches made side by side. Most of the time goes into random numbers, which are drawn without Python's lock."""
 FETCH_STEPS = 16
 """Steps whose row groups are fetched ahead: at 4,000 images/s and batch 256, a second."""
 FETCH_THREADS = 16
@@ -72,7 +72,7 @@ class Loader:
     """Batches of one rank from a given step on. Use as a context manager: it ends the threads.
 
     Holds at most lanes x (NUM_SLOTS + SPARE_GROUPS) row groups (128 rows of 256-pixel latents: 2 MiB each, with flip 4), and
-    PREFETCH_BATCHES + 2 batches.
+    PREFETCH_BATCHES batches.
 
     Args: accumulation, the number of micro-batches into which the rank's lanes are cut.
     Raises ValueError for too few lanes, and where mirror images are asked for that the latents do not have.
@@ -93,8 +93,9 @@ class Loader:
         self.scale = manifest.vae["scale"]
         self.shift = manifest.vae["shift"]
         self._permutations: dict[int, np.ndarray] = {}
-        self._stop = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._needed: dict[int, list[int]] = {}
+        self._makers = ThreadPoolExecutor(MAKER_THREADS, "batches")
+        self._fetchers = ThreadPoolExecutor(FETCH_THREADS, "latents")
 
     def batch(self, step: int, attempt: int = 0) -> Batch:
         """The rank's whole batch of a step: images, noise, timesteps, masks and label drops, lane by lane."""
@@ -105,86 +106,70 @@ class Loader:
         return tuple(self._batch(step, attempt, lanes) for lanes in self.parts)
 
     def batches(self, first_step: int, attempt: int = 0) -> Iterator[tuple[Batch, ...]]:
-        """Endless micro-batches of the steps from `first_step` on, read ahead by threads. Their errors are raised here."""
-        ready: queue.Queue = queue.Queue(PREFETCH_BATCHES)
-        thread = threading.Thread(target=self._read_ahead, args=(first_step, attempt, ready), daemon=True, name="batches")
-        self._threads.append(thread)
-        thread.start()
-        while True:
-            item = ready.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
+        """Endless micro-batches of the steps from `first_step` on, made ahead by threads. Their errors are raised here."""
+        ready: deque[Future[tuple[Batch, ...]]] = deque()
+        for step in itertools.count(first_step):
+            while len(ready) < PREFETCH_BATCHES:
+                ready.append(self._makers.submit(self._make, step + len(ready), attempt))
+            yield ready.popleft().result()
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._fetchers.shutdown(cancel_futures=True)  # first, so that no maker waits for what will not come
+        self._makers.shutdown(cancel_futures=True)
 
-    def _read_ahead(self, first_step: int, attempt: int, ready: queue.Queue) -> None:
-        """Put batches in the queue, while a pool fetches the row groups of the next FETCH_STEPS steps."""
-        coming: deque[np.ndarray] = deque()
-        pool = ThreadPoolExecutor(FETCH_THREADS, "latents")
-        try:
-            for step in itertools.count(first_step):
-                while len(coming) < FETCH_STEPS:
-                    places = [self.order.places(step + len(coming), lane) for lane in self.lanes]
-                    coming.append(np.unique(self.reader.groups_of(self._images(np.concatenate(places)))))
-                self.reader.fetch(dict.fromkeys(np.concatenate(coming).tolist()), pool)
-                coming.popleft()
-                self._put(ready, self.micro_batches(step, attempt))
-                if self._stop.is_set():
-                    return
-        except Exception as error:  # handed to the consumer, which raises it
-            self._put(ready, error)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def _make(self, step: int, attempt: int) -> tuple[Batch, ...]:
+        """The micro-batches of a step, once the row groups of FETCH_STEPS steps from it on are being fetched."""
+        steps = range(step, step + FETCH_STEPS)
+        needed = {n: groups for n, groups in self._needed.items() if n > step - PREFETCH_BATCHES}
+        needed |= {n: self._groups(n) for n in steps if n not in needed}
+        self._needed = needed  # a new dict, since another thread may be looking into the old one
+        self.reader.fetch(dict.fromkeys(itertools.chain.from_iterable(needed[n] for n in steps)), self._fetchers)
+        return self.micro_batches(step, attempt)
 
-    def _put(self, ready: queue.Queue, item: tuple[Batch, ...] | Exception) -> None:
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
+    def _groups(self, step: int) -> list[int]:
+        """Row groups that the rank reads at a step."""
+        return np.unique(self.reader.groups_of(self._images(step, self.lanes))).tolist()
 
-    def _batch(self, step: int, attempt: int, lanes: Iterable[int]) -> Batch:
-        parts = [self._lane(step, attempt, lane) for lane in lanes]
-        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, step, attempt, 0, "mask_ratio"))
-        draw = torch.rand((), generator=generator).item()
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return Batch(step=step, mask_ratio_draw=draw, **joined)
+    def _batch(self, step: int, attempt: int, lanes: Sequence[int]) -> Batch:
+        config = self.config
+        shape = tuple(self.reader.manifest.shape)
 
-    def _lane(self, step: int, attempt: int, lane: int) -> dict[str, torch.Tensor]:
-        config, size = self.config, self.order.lane_size
-
-        def generator(stream: str) -> torch.Generator:
+        def generator(lane: int, stream: str) -> torch.Generator:
             return torch.Generator().manual_seed(stream_seed(config.seed, step, attempt, lane, stream))
 
-        images = self._images(self.order.places(step, lane))
-        mirrored = (torch.rand(size, generator=generator("flip")) < 0.5).numpy() if config.flip else None
-        moments, labels = self.reader.read(images, mirrored)
-        mean, std = torch.from_numpy(moments).float().unbind(1)  # 2 x (b, C, h, w)
-        x_0 = mean + std * torch.randn(mean.shape, generator=generator("posterior"))
-        y = torch.from_numpy(labels)
+        def draw(stream: str, fill: Callable[..., Any], *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            """A tensor (B, *shape) that `fill` fills lane by lane, each with its own generator."""
+            values = torch.empty(len(lanes), self.order.lane_size, *shape, dtype=dtype)  # one allocation for all is faster
+            for part, lane in zip(values, lanes, strict=True):
+                fill(part, generator=generator(lane, stream))
+            return values.flatten(0, 1)
+
+        normal, uniform = torch.Tensor.normal_, torch.Tensor.uniform_
+        images = self._images(step, lanes)
+        mirrored = (draw("flip", uniform) < 0.5).numpy() if config.flip else None
+        moments, labels = map(torch.from_numpy, self.reader.read(images, mirrored))  # (B, 2, C, h, w), (B,)
+        x_0 = draw("posterior", normal, *shape).mul_(moments[:, 1]).add_(moments[:, 0])  # (B, C, h, w)
 
         def dropped(stream: str) -> torch.Tensor:
-            coin = torch.rand(size, generator=generator(stream)) < config.class_dropout_prob
-            return torch.where(coin, config.num_classes, y)
+            return torch.where(draw(stream, uniform) < config.class_dropout_prob, config.num_classes, labels)
 
-        return {
-            "images": torch.from_numpy(images),
-            "x_0": (x_0 - self.shift) * self.scale,
-            "t": torch.randint(NUM_TIMESTEPS, (size,), generator=generator("t")),
-            "eps_full": torch.randn(mean.shape, generator=generator("eps_full")),
-            "eps_masked": torch.randn(mean.shape, generator=generator("eps_masked")),
-            "y_full": dropped("label_full"),
-            "y_masked": dropped("label_masked"),
-            "mask_noise": torch.rand(size, config.num_tokens, generator=generator("mask")),
-        }
+        return Batch(
+            step=step, images=torch.from_numpy(images),
+            x_0=x_0.sub_(self.shift).mul_(self.scale),
+            t=draw("t", lambda part, generator: part.random_(NUM_TIMESTEPS, generator=generator), dtype=torch.int64),
+            eps_full=draw("eps_full", normal, *shape),
+            eps_masked=draw("eps_masked", normal, *shape),
+            y_full=dropped("label_full"),
+            y_masked=dropped("label_masked"),
+            mask_noise=draw("mask", uniform, config.num_tokens),
+            mask_ratio_draw=torch.rand((), generator=generator(0, "mask_ratio")).item())
 
-    def _images(self, places: np.ndarray) -> np.ndarray:
-        """Images at places of the stream; a lane may span two epochs."""
+    def _images(self, step: int, lanes: Sequence[int]) -> np.ndarray:
+        """Images that lanes read at a step, (B,) int64; a lane may span two epochs."""
+        places = np.concatenate([self.order.places(step, lane) for lane in lanes])
         epochs, positions = places // self.order.num_images, places % self.order.num_images
         images = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():

@@ -112,6 +112,7 @@ def test_the_splits_partition_the_rows(folder):
         assert labels.tolist() == [rows[i][0] for i in order]
         assert [m.tobytes() for m in moments] == [rows[i][1] for i in order]
         assert len(reader._held) <= 2
+        assert reader.read(order[:0])[0].shape == (0, 2, 4, 4, 4)
 
 
 # Noise

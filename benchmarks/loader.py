@@ -1,0 +1,200 @@
+"""Training's batches against what people write by hand: one .npy per image in a DataLoader, Ray Data; and waiting for them.
+
+    python benchmarks/loader.py [--quick]
+
+Latents of 256-pixel images (4x32x32, 16 kB an image) in the page cache. Reading alone is compared with reading alone: one
+epoch of shuffled rows as batches of tensors, ours in one thread. Our batches with all their random numbers are a rate of their
+own. In turn, several rounds, medians.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import ray.data
+import torch
+from ray.data.collate_fn import NumpyBatchCollateFn
+from torch.utils.data import DataLoader, Dataset
+
+from mdt_ray.data import latents
+from mdt_ray.data.latent_reader import LatentReader
+from mdt_ray.data.loader import Loader, LoaderConfig
+from mdt_ray.data.order import Order
+from mdt_ray.jobs import session
+
+SHAPE, BATCH, LANES, WORKERS = [4, 32, 32], 256, 64, 8
+CONSUMED = 4000
+"""Images/s that a worker takes: several times what one GPU trains of MDT-S/2, and 64 MB/s."""
+
+
+def write_latents(folder: Path, num_images: int) -> None:
+    rng, files = np.random.default_rng(0), []
+    moments = rng.normal(size=(4096, 2, *SHAPE)).astype(np.float16)
+    for number in range(num_images // 4096):
+        ids = [f"{number}-{i}" for i in range(4096)]
+        table = latents.encode_table(ids, [i % 1000 for i in range(4096)], moments, None, 0.0, {})
+        files.append(latents.write_file(str(folder), f"chunk-{number:05d}.parquet", table, 128))
+    latents.write_manifest(str(folder), latents.Manifest(
+        identity="", shape=SHAPE, image_size=256, vae={"scale": 0.18215, "shift": 0.0}, num_classes=1000,
+        class_counts=[0] * 1000, class_names=[""] * 1000, flip=False, files=files))
+
+
+# Waiting
+
+
+def waiting(folder: Path, steps: int) -> tuple[float, float]:
+    """Share of its time that a worker of 8 waits for batches while it takes CONSUMED images/s, and images/s when it never
+    stops. It holds 144 of the row groups, so it reads all the time."""
+    config = LoaderConfig(batch_size=BATCH * WORKERS, num_lanes=LANES, seed=0, num_classes=1000, class_dropout_prob=0.1,
+                          num_tokens=256)
+    with Loader(str(folder), latents.open_manifest(str(folder)), config, 0, WORKERS) as loader:
+        batches, waited = loader.batches(0), 0.0
+        for _ in range(20):
+            next(batches)
+        time.sleep(1)  # the queue is full, as it is behind any step that takes its time
+        for _ in range(steps):
+            started = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - started
+            time.sleep(BATCH / CONSUMED)
+        started = time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        rate = steps * BATCH / (time.perf_counter() - started)
+    return waited / (waited + steps * BATCH / CONSUMED), rate
+
+
+def waiting_for_a_store(folder: Path, steps: int, seconds: float = 0.15) -> float:
+    """The same with every row group `seconds` late: three requests of 50 ms."""
+    read_group = latents.read_group
+
+    def late(*arguments, **keywords) -> dict[str, np.ndarray]:
+        time.sleep(seconds)
+        return read_group(*arguments, **keywords)
+
+    latents.read_group = late
+    try:
+        return waiting(folder, steps)[0]
+    finally:
+        latents.read_group = read_group
+
+
+# Reading alone
+
+
+def ours(folder: Path) -> float:
+    """images/s of one epoch in training's order, in one thread."""
+    manifest = latents.open_manifest(str(folder))
+    reader = LatentReader(str(folder), manifest, max_groups=len(manifest.files) * 32)
+    order = Order(reader.group_sizes, BATCH, LANES, 0)
+    started = time.perf_counter()
+    for images in np.split(order.permutation(0), range(BATCH, reader.num_images, BATCH)):
+        moments, labels = map(torch.from_numpy, reader.read(images))
+    assert moments.shape[1:] == (2, *SHAPE)
+    assert len(labels) == len(moments)
+    return reader.num_images / (time.perf_counter() - started)
+
+
+class Files(Dataset):
+    """A file of features and a file of the label for every image, as fast-DiT has it."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return (torch.from_numpy(np.load(self.folder / f"{index}.npy")),
+                torch.from_numpy(np.load(self.folder / f"{index}_label.npy")))
+
+
+def write_files(folder: Path, count: int) -> None:
+    folder.mkdir()
+    moments = np.random.default_rng(0).normal(size=(256, 2, *SHAPE)).astype(np.float16)
+    for i in range(count):
+        np.save(folder / f"{i}.npy", moments[i % 256])
+        np.save(folder / f"{i}_label.npy", np.array([i % 1000]))
+
+
+def file_per_image(folder: Path, count: int, num_workers: int) -> float:
+    """images/s of one shuffled epoch, from its first batch on (processes starting do not count)."""
+    batches = iter(DataLoader(Files(folder, count), batch_size=BATCH, shuffle=True, num_workers=num_workers))
+    next(batches)
+    started = time.perf_counter()
+    found = sum(len(moments) for moments, _ in batches)
+    return found / (time.perf_counter() - started)
+
+
+class Collate(NumpyBatchCollateFn):
+    def __call__(self, batch: dict[str, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        moments = np.frombuffer(bytearray().join(batch["moments"]), np.float16).reshape(-1, 2, *SHAPE)
+        return torch.from_numpy(moments), torch.from_numpy(batch["label"].copy())
+
+
+def ray_data(folder: Path, shuffled: bool) -> float:
+    """images/s of `iter_torch_batches` over the same files, from its first batch on: in file order, or shuffled in a buffer
+    of 32 batches."""
+    data = ray.data.read_parquet([str(p) for p in sorted(folder.glob("*.parquet"))]).select_columns(["label", "moments"])
+    batches = iter(data.iter_torch_batches(batch_size=BATCH, collate_fn=Collate(), prefetch_batches=4,
+                                           local_shuffle_buffer_size=32 * BATCH if shuffled else None))
+    next(batches)
+    started = time.perf_counter()
+    found = sum(len(moments) for moments, _ in batches)
+    return found / (time.perf_counter() - started)
+
+
+def reading(folder: Path, quick: bool) -> dict[str, float]:
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    count = 4096 if quick else 20480
+    write_files(folder / "files", count)
+    rates: dict[str, list[float]] = {}
+    for _ in range(3):
+        rates.setdefault("ours", []).append(ours(folder / "latents"))
+        for workers in (0, 1, 2):
+            rates.setdefault(f"file per image, {workers} workers", []).append(
+                file_per_image(folder / "files", count, workers))
+    session.start()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for _ in range(1 if quick else 3):
+        rates["ours"].append(ours(folder / "latents"))
+        rates.setdefault("Ray Data", []).append(ray_data(folder / "latents", shuffled=True))
+        rates.setdefault("Ray Data, in file order", []).append(ray_data(folder / "latents", shuffled=False))
+    found = {name: statistics.median(values) for name, values in rates.items()}
+    for name, rate in found.items():
+        print(f"reading alone, {name}: {rate:.0f} images/s")
+    return {"speedup_vs_file_per_image": found["ours"] / max(found[f"file per image, {n} workers"] for n in (0, 1, 2)),
+            "speedup_vs_ray_data": found["ours"] / found["Ray Data"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small inputs, fewer steps: within a minute on 2 cores")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    folder, steps, rounds = Path(tempfile.mkdtemp(prefix="loader-")), 60 if quick else 200, 1 if quick else 3
+    try:
+        write_latents(folder / "latents", 20480 if quick else 81920)
+        found = [waiting(folder / "latents", steps) for _ in range(rounds)]
+        share, rate = (statistics.median(values) for values in zip(*found, strict=True))
+        late = statistics.median(waiting_for_a_store(folder / "latents", steps) for _ in range(rounds))
+        print(f"a worker that takes {CONSUMED} images/s waits {share:.1%} of its time ({late:.1%} with row groups 0.15 s "
+              f"late); batches with all their noise: {rate:.0f} images/s at most")
+        figures = {"share_of_step_waiting": share, "share_of_step_waiting_store": late, "batches_images_per_second": rate}
+        figures |= reading(folder, quick)
+    finally:
+        shutil.rmtree(folder)
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
+    print(json.dumps({"name": "loader", "machine": machine, "figures": {k: round(v, 4) for k, v in figures.items()}}))
+
+
+if __name__ == "__main__":
+    main()
