@@ -8,12 +8,13 @@ import importlib
 import io
 import json
 import logging
+import queue
 import re
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +30,8 @@ TRACKING = "tracking.json"
 """In a training output: its runs in MLflow and Weights & Biases, for the next start to go on with."""
 UPLOAD_SECONDS = 30.0
 """Shortest time between two uploads of an event file to an object store: each replaces the whole file."""
+PATIENCE_SECONDS = 60.0
+"""Longest time that the end of a run waits for a tracker: MLflow alone would retry for minutes at each row."""
 METRICS_OF_SAMPLES = ("fid", "sfid", "is", "precision", "recall")
 """Evaluation's metrics; in a row, the name of the extractor follows (`fid_digits`)."""
 PARAMS_PER_REQUEST = 100
@@ -103,35 +106,35 @@ class _Feeder:
     """Hands rows to one tracker in a thread of its own, so that a slow or dead one holds nothing up; warns once."""
 
     def __init__(self, name: str, tracker: Tracker):
-        self._name, self._tracker = name, tracker
-        self._failing = self._warned = self._closing = False
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"track-{name}")
+        self._name, self._tracker, self._warned = name, tracker, False
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name=f"track-{name}")
+        self._thread.start()
 
     def put(self, step: int, values: dict[str, float]) -> None:
-        self._pool.submit(self._log, step, values)
+        self._calls.put(partial(self._tracker.log, step, values))
 
     def __enter__(self) -> "_Feeder":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        self._closing, self._failing = True, False
-        self._pool.submit(self._call, self._tracker.close, kind is None)
-        self._pool.shutdown()
+        self._calls.put(partial(self._tracker.close, kind is None))
+        self._calls.put(None)
+        self._thread.join(PATIENCE_SECONDS)
+        if self._thread.is_alive():
+            self._warn(f"did not take its last rows within {PATIENCE_SECONDS:.0f} s")
 
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        if not (self._failing and self._closing):  # a dead server takes minutes for each row: at the end, one tells enough
-            self._call(self._tracker.log, step, values)
+    def _work(self) -> None:
+        while call := self._calls.get():
+            try:
+                call()
+            except Exception as error:
+                self._warn(f"failed ({type(error).__name__}: {error})")
 
-    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        try:
-            function(*arguments)
-            self._failing = False
-        except Exception as error:
-            self._failing = True
-            if not self._warned:
-                logger.warning("%s failed (%s: %s); the run goes on, and metrics.parquet has every row", self._name,
-                               type(error).__name__, error)
-            self._warned = True
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            logger.warning("%s %s; the run goes on, and metrics.parquet has every row", self._name, what)
+        self._warned = True
 
 
 def _tensorboard(output: str, run: dict[str, Any], first_step: int) -> Tracker:
