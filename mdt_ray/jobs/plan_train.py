@@ -55,7 +55,7 @@ def plan_train(config: PlanConfig) -> str:
     return "\n".join(f"{name:<12}{text}" for name, text in {
         "model": _model(config, cost), "operations": _operations(config, cost), "memory": _memory(config, cost),
         "latents": _latents(config, manifest), "steps": _steps(config, manifest), "time": _time(config, cost),
-        "checkpoints": _checkpoints(config, cost)}.items())
+        "checkpoints": _checkpoints(config, cost) + _snapshots(config, cost)}.items())
 
 
 def with_model(config: PlanConfig) -> tuple[PlanConfig, Manifest | None]:
@@ -205,3 +205,10 @@ def _checkpoints(config: PlanConfig, cost: Cost) -> str:
     kept, each = len(checkpoints.kept(steps, config.keep_last, config.keep_every_steps)), cost.checkpoint_bytes
     return (f"{size(each)} each, {kept:,} of {len(steps):,} kept: {size(kept * each)}; one more, and as much host memory, "
             "while it is written")
+
+
+def _snapshots(config: PlanConfig, cost: Cost) -> str:
+    if not config.ema.power_stds:
+        return ""
+    count = math.ceil(config.num_steps / config.ema.snapshot_every_steps)
+    return f"; {count:,} snapshots of averages, all kept: {size(count * cost.snapshot_bytes)}"

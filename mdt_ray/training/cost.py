@@ -21,6 +21,7 @@ from mdt_ray.config import ModelConfig, TrainConfig
 from mdt_ray.data.loader import Batch
 from mdt_ray.diffusion.loss import schedule
 from mdt_ray.models import MDT, DiT
+from mdt_ray.training.ema import updates
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.step import TrainingStep, build_model
 
@@ -41,7 +42,8 @@ class Cost:
     training_flops: int
     """Of an image: the config's passes, forward and backward, at the mean of the mask ratio's span."""
     model_bytes: int
-    """Weights and buffers; the averaged weights take the same."""
+    """Weights and buffers; each of the averages takes the same."""
+    num_averages: int
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
@@ -49,7 +51,9 @@ class Cost:
     fixed_activation_bytes: int
     """Kept once for any number of images: under autocast, the weights in bf16."""
     checkpoint_bytes: int
-    """model/, ema/ and optimizer.pt."""
+    """model/, ema/, further averages and optimizer.pt."""
+    snapshot_bytes: int
+    """Of the power-function averages, at one step."""
     fused_attention: bool
     """Whether the attention of a GPU keeps no (B, H, L, L) matrix."""
 
@@ -62,8 +66,9 @@ class Cost:
 
         Their sum is above the peak in that gradients come as activations go, and below it by temporaries.
         """
-        return {"weights": self.model_bytes, "EMA": self.model_bytes, "optimiser": self.optimizer_bytes,
-                "gradients": self.gradient_bytes * (2 if ddp else 1), "activations": self.activations(num_images)}
+        return {"weights": self.model_bytes, "EMA": self.num_averages * self.model_bytes,
+                "optimiser": self.optimizer_bytes, "gradients": self.gradient_bytes * (2 if ddp else 1),
+                "activations": self.activations(num_images)}
 
 
 def count(config: TrainConfig, dtype: torch.dtype | None, on_gpu: bool) -> Cost:
@@ -95,13 +100,15 @@ def count(config: TrainConfig, dtype: torch.dtype | None, on_gpu: bool) -> Cost:
             few, more = (saved_bytes(step, example_batch(config.model, number, 0.0)) for number in (FEW, MORE))
         optimizer_bytes = sum(_bytes(v) for state in optimizer.state.values() for v in state.values())
         each = (more - few) // (MORE - FEW)
+        num_averages, saved = len(updates(0, config.ema)), sum(map(_bytes, model.state_dict().values()))
         return Cost(
             num_parameters=_size(model), num_inference_parameters=_size(bare), training_flops=training.get_total_flops(),
             inference_flops=inference.get_total_flops(), fused_attention=cuda.fused, activation_bytes=each,
             fixed_activation_bytes=few - FEW * each, optimizer_bytes=optimizer_bytes,
             model_bytes=sum(map(_bytes, (*model.parameters(), *model.buffers()))),
             gradient_bytes=sum(_bytes(p) for p in model.parameters() if p.requires_grad),
-            checkpoint_bytes=2 * sum(map(_bytes, model.state_dict().values())) + optimizer_bytes)
+            num_averages=num_averages, checkpoint_bytes=(1 + num_averages) * saved + optimizer_bytes,
+            snapshot_bytes=len(config.ema.power_stds) * saved)
 
 
 @contextlib.contextmanager

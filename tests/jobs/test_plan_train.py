@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from mdt_ray import checkpoints, cli, config_io, presets
-from mdt_ray.config import ModelConfig, PlanConfig
+from mdt_ray.config import EmaConfig, ModelConfig, PlanConfig
 from mdt_ray.jobs import plan_train, units
 from mdt_ray.jobs.plan_train import GPUS
 from mdt_ray.training.run import run_rank
@@ -128,7 +128,8 @@ def test_workers_that_share_a_gpu_need_its_memory_together():
 
 def test_the_checkpoints_kept_are_those_that_a_run_keeps(tmp_path):
     make_latents(tmp_path / "latents", num_images=60)
-    config = tiny_training(tmp_path / "latents", tmp_path / "out", checkpoint_every_steps=3, keep_every_steps=6, keep_last=2)
+    config = tiny_training(tmp_path / "latents", tmp_path / "out", checkpoint_every_steps=3, keep_every_steps=6, keep_last=2,
+                           ema=EmaConfig(power_stds=(0.05,), snapshot_every_steps=7))
     plan = config_io.override(PlanConfig(), config_io.to_dict(config))
     found = lines(plan)["checkpoints"]
     plan, manifest = plan_train.with_model(plan)
@@ -136,6 +137,8 @@ def test_the_checkpoints_kept_are_those_that_a_run_keeps(tmp_path):
     steps = [checkpoints.step_of(uri) for uri in checkpoints.list_finished(plan.output)]
     assert steps == [0, 6, 12, 18, 20]
     assert f"each, {len(steps)} of 8 kept" in found
+    assert len(checkpoints.list_finished(plan.output, checkpoints.SNAPSHOTS)) == 3
+    assert "; 3 snapshots of averages, all kept: " in found
 
 
 def test_every_gpu_that_can_be_named_is_known():

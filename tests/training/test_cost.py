@@ -1,6 +1,5 @@
 """The cost of training against the paper's numbers, and against what real tensors take."""
 
-import copy
 import functools
 
 import pytest
@@ -10,7 +9,8 @@ import torch.nn.functional as F
 from mdt_ray import config_io, presets
 from mdt_ray.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from mdt_ray.diffusion.loss import schedule
-from mdt_ray.training import cost, state
+from mdt_ray.training import cost, snapshots, state
+from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.state import TrainState
 from mdt_ray.training.step import TrainingStep, build_model
@@ -28,7 +28,8 @@ def tiny(kind: str, **changes) -> TrainConfig:
     v2 = kind == "mdt_v2"
     model = config_io.override(TINY, {"kind": kind, **changes})
     return TrainConfig(model=model, loss=LossConfig(mask_ratio_span=0.2 if v2 else 0.0),
-                       optim=OptimConfig(name="adan" if v2 else "adamw"), ema=EmaConfig())
+                       optim=OptimConfig(name="adan" if v2 else "adamw"),
+                       ema=EmaConfig(more_decays=(0.5,), power_stds=(0.05, 0.1), snapshot_every_steps=1))
 
 
 def real_step(config: TrainConfig, dtype: torch.dtype | None) -> TrainingStep:
@@ -84,14 +85,22 @@ def test_weights_gradients_and_state_are_those_of_a_real_step(kind, tmp_path):
     def size(tensors) -> int:
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
-    ema = copy.deepcopy(model)
+    averages = build_averages(model, config.ema)
+    ema = averages.pop("ema")
     assert found.num_parameters == sum(p.numel() for p in model.parameters())
     assert found.model_bytes == size([*model.parameters(), *model.buffers()]) == size([*ema.parameters(), *ema.buffers()])
     assert found.gradient_bytes == size(p.grad for p in model.parameters())
     assert found.optimizer_bytes == size(v for values in optimizer.state.values() for v in values.values())
-    state.save_checkpoint(TrainState(model, ema, optimizer, step=1), str(tmp_path), {}, {})
-    written = sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file())
-    assert found.checkpoint_bytes == pytest.approx(written, rel=0.05)  # headers and names, small in a larger model
+    assert found.memory(1, ddp=False)["EMA"] == 4 * found.model_bytes
+    trained = TrainState(model, ema, optimizer, step=1, more_ema=averages)
+    state.save_checkpoint(trained, str(tmp_path / "out"), {}, {})
+    snapshots.save_snapshot(trained, str(tmp_path / "out"), config.ema, {})()
+
+    def written(kind: str) -> int:
+        return sum(f.stat().st_size for f in (tmp_path / "out" / kind).rglob("*") if f.is_file())
+
+    assert found.checkpoint_bytes == pytest.approx(written("checkpoints"), rel=0.05)  # headers and names, small in a larger
+    assert found.snapshot_bytes == pytest.approx(written("ema_snapshots"), rel=0.05)
 
 
 # Invariant
