@@ -224,10 +224,11 @@ class OptimConfig:
     """Decoupled weight decay."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
     """What follows the warm-up."""
     schedule_steps: int | None = None
-    """Step at which the cosine ends (needed for cosine; not num_steps, so that a longer run stays the same run)."""
+    """Step at which the cosine ends, or from which the rate falls as 1 / sqrt(step); needed for those two. It is not
+    num_steps, so that a longer run stays the same run."""
     final_lr_share: float = 0.05
     """Share of the peak at which the cosine ends."""
     clip_norm: float | None = None
@@ -236,8 +237,8 @@ class OptimConfig:
     def __post_init__(self):
         require(self.lr > 0, "optim.lr", self.lr, "must be positive")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
-        require(self.schedule != "cosine" or (self.schedule_steps or 0) > self.warmup_steps, "optim.schedule_steps",
-                self.schedule_steps, "a cosine schedule needs its last step, above warmup_steps")
+        require(self.schedule == "constant" or (self.schedule_steps or 0) > self.warmup_steps, "optim.schedule_steps",
+                self.schedule_steps, f"a schedule of kind {self.schedule} needs it, above warmup_steps")
         require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm,
                 "must be positive, or None")
 

@@ -20,7 +20,7 @@ class Adan(torch.optim.Optimizer):
     Args:
         betas: decays of the gradient, of its differences, and of the square of both (one less the paper's betas).
     `found_inf`, a scalar tensor, is set before `step`: where it is not 0, parameters and state stay as they are. Nothing
-    waits for the device.
+    waits for the device. (That is why it is ours: the one of the kept package, pytorch_optimizer, knows no `found_inf`.)
     """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float, float] = (0.98, 0.92, 0.99), eps: float = 1e-8,
@@ -58,11 +58,14 @@ class Adan(torch.optim.Optimizer):
 
 
 def learning_rate(step: int, config: OptimConfig) -> float:
-    """Rate of step 0, 1, ...: linear warm-up, then constant or a cosine to `final_lr_share` of the peak."""
+    """Rate of step 0, 1, ...: linear warm-up, then constant, a cosine to `final_lr_share` of the peak, or constant and from
+    `schedule_steps` on lr sqrt(schedule_steps / step) (as EDM2, arXiv 2312.02696)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "inverse_sqrt":
+        return config.lr * min(1.0, (config.schedule_steps / max(step, 1)) ** 0.5)
     progress = min(1.0, (step - config.warmup_steps) / (config.schedule_steps - config.warmup_steps))
     share = config.final_lr_share + (1 - config.final_lr_share) * (1 + math.cos(math.pi * progress)) / 2
     return config.lr * share

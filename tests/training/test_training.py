@@ -229,6 +229,9 @@ def test_learning_rate_by_hand():
     assert learning_rate(60, config) == pytest.approx(0.55)
     assert learning_rate(110, config) == learning_rate(999, config) == pytest.approx(0.1)
     assert learning_rate(5000, OptimConfig(lr=3e-4)) == 3e-4
+    falling = OptimConfig(lr=1.0, warmup_steps=10, schedule="inverse_sqrt", schedule_steps=100)
+    found = [learning_rate(step, falling) for step in (4, 9, 50, 100, 400, 10_000)]
+    assert found == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.1])
 
 
 def test_adan_by_hand():
