@@ -193,8 +193,8 @@ def main() -> None:
         found = [waiting(folder / "latents", steps) for _ in range(rounds)]
         share, late, rate = (statistics.median(values) for values in zip(*found, strict=True))
         store = statistics.median(waiting_for_a_store(folder / "latents", steps) for _ in range(rounds))
-        print(f"a worker that takes {CONSUMED} images/s waits {share:.1%} of its time ({store:.1%} with row groups 0.15 s late; "
-              f"its sleeps alone are {late:.1%} too long); batches with all their noise: {rate:.0f} images/s at most")
+        print(f"a worker that takes {CONSUMED} images/s waits {share:.1%} of its time ({store:.1%} with row groups 0.15 s "
+              f"late; its sleeps alone are {late:.1%} too long); batches with all their noise: {rate:.0f} images/s at most")
         figures = {"share_of_step_waiting": share, "share_of_step_waiting_store": store, "batches_images_per_second": rate}
         figures |= reading(folder, quick)
     finally:
