@@ -158,13 +158,16 @@ def _tensorboard(output: str, run: dict[str, Any], first_step: int) -> Tracker:
         storage.write_bytes(uri, b"")
     file = open(storage.resolve(uri)[1], "ab") if local else io.BytesIO()  # noqa: SIM115 (the tracker closes it)
     records = RecordWriter(file)
-    uploaded = -UPLOAD_SECONDS
+    uploaded, attempt = -UPLOAD_SECONDS, None
 
     def write(**fields: Any) -> None:
         records.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def log(step: int, values: dict[str, float]) -> None:
-        nonlocal uploaded
+        nonlocal uploaded, attempt
+        before, attempt = attempt, values.get("train/attempt", attempt)
+        if before is not None and attempt > before:  # the run went back to a checkpoint: what followed it is hidden
+            write(step=step, session_log=SessionLog(status=SessionLog.START))
         write(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]))
         records.flush()
         if not local and time.monotonic() - uploaded >= UPLOAD_SECONDS:

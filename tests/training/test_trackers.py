@@ -72,6 +72,13 @@ def test_tensorboard_groups_what_it_is_given(tmp_path):
     assert math.isnan(found["train/grad_norm"][0][1])
 
 
+def test_tensorboard_hides_what_a_run_went_back_from(tmp_path):
+    with open_trackers(TrackConfig(), str(tmp_path), RUN, 0) as report:
+        for step, attempt in ((1, 0), (2, 0), (3, 0), (2, 1), (3, 1)):
+            report(row(step, attempt=attempt, lr=attempt))
+    assert scalars(tmp_path / "tensorboard")["train/lr"] == [(1, 0), (2, 1), (3, 1)]
+
+
 def test_tensorboard_shows_the_settings_once(tmp_path):
     for first_step in (0, 0, 10):
         with open_trackers(TrackConfig(), str(tmp_path), RUN, first_step) as report:
