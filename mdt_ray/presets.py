@@ -38,7 +38,7 @@ def digits() -> QuickstartConfig:
         # Over ten times the published rate: the model is small and the run short (measured: 2e-3 ends at a third more FID).
         optim=OptimConfig(lr=4e-3, warmup_steps=100, schedule="cosine", schedule_steps=2000, clip_norm=1.0),
         ema=EmaConfig(decay=0.998, warmup=True),
-        batch_size=96, num_lanes=16, num_steps=2000, log_every_steps=25, checkpoint_every_steps=250,
+        batch_size=96, num_lanes=16, num_steps=2000, log_every_steps=25, checkpoint_every_steps=250, validate_every_steps=50,
         keep_every_steps=500, workers=WorkersConfig(num_workers=2))
     evaluation = EvaluateConfig(
         checkpoint=train, output="runs/digits/evaluate", reference=real, num_samples=1000, chunk_size=100,

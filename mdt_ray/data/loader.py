@@ -68,6 +68,12 @@ class LoaderConfig:
     """Take the mirror image of every image with p = 0.5."""
 
 
+def check_flip(folder: str, manifest: Manifest, flip: bool) -> None:
+    """Raise ValueError where mirror images are wanted that the latents in `folder` do not hold."""
+    require(manifest.flip or not flip, "flip", flip,
+            f"{folder} holds no mirror images (moments_flip); run `mdt-ray precompute --flip`, or train with --no-flip")
+
+
 class Loader:
     """Batches of one rank from a given step on. Use as a context manager: it ends the threads.
 
@@ -83,8 +89,7 @@ class Loader:
         require(1 <= accumulation <= config.num_lanes // world_size, "accumulation", accumulation,
                 f"must be at least 1, and times {world_size} workers not exceed num_lanes = {config.num_lanes}: a "
                 "micro-batch is whole lanes")
-        require(manifest.flip or not config.flip, "flip", config.flip,
-                f"{folder} holds no mirror images (moments_flip); run `mdt-ray precompute --flip`, or train with --no-flip")
+        check_flip(folder, manifest, config.flip)
         self.config = config
         self.lanes = lanes_of(rank, world_size, config.num_lanes)
         self.parts = [part.tolist() for part in np.array_split(self.lanes, accumulation)]

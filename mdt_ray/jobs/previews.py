@@ -21,6 +21,7 @@ from mdt_ray.config import EvaluateConfig, TrainConfig
 from mdt_ray.data import sources
 from mdt_ray.evaluation import chunks
 from mdt_ray.inference.sampler import Sampler, labels_of
+from mdt_ray.interrupts import Stopped, Wish
 from mdt_ray.jobs import fanout, session
 from mdt_ray.jobs.evaluate import evaluate_many
 from mdt_ray.report import figures
@@ -54,10 +55,15 @@ class Previews:
             self._start()
             self._looked = time.monotonic()
 
-    def finish(self) -> None:
-        """Make all that are due, and wait for them."""
+    def finish(self, wish: Wish) -> None:
+        """Make all that are due, and wait for them. Raises Stopped after a signal."""
         while self._task is not None or self._start():
-            self._collect()
+            if wish.signum is not None:
+                step, _ = self._task
+                self.cancel()
+                raise Stopped(wish.signum, f"stopped; training is done, the samples of step {step} are not")
+            if ray.wait([self._task[1]], timeout=0.5)[0]:
+                self._collect()
 
     def cancel(self) -> None:
         """End the running task; the next start of the run makes it again."""

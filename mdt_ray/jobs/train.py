@@ -20,6 +20,7 @@ from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import TrainConfig
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
+from mdt_ray.data.loader import check_flip
 from mdt_ray.inference import convert
 from mdt_ray.interrupts import Stopped, Wish, stop_signals
 from mdt_ray.jobs import control, fanout, nodes, preflight, previews, progress, session
@@ -39,9 +40,11 @@ FINAL = (ValueError, TrainingDiverged)
 def prepare(config: TrainConfig) -> tuple[TrainConfig, Manifest, dict]:
     """The config with absolute paths and a complete model, the latents' manifest, and the content of run.json.
 
-    Raises ValueError for missing or damaged latents, and for a model that does not fit them.
+    Raises ValueError for latents that are missing, damaged, or lack the mirror images wanted, and for a model that does not
+    fit them.
     """
     manifest = latents.open_manifest(config.latents)
+    check_flip(config.latents, manifest, config.flip)
     config = dataclasses.replace(config, latents=storage.absolute(config.latents), output=storage.absolute(config.output),
                                  init_from=storage.absolute(config.init_from) if config.init_from else "",
                                  model=resolve_model(config.model, manifest))
@@ -90,7 +93,7 @@ def train(config: TrainConfig) -> str:
                 on_the_way = previews.Previews(config, on_row)
                 if not finished:
                     _train_to_the_end(config, run, token, wish, on_row, on_the_way)
-                on_the_way.finish()
+                on_the_way.finish(wish)
             write_metrics(config.output, checkpoints.read_metrics(storage.join(config.output, METRICS)))
     return checkpoints.list_finished(config.output)[-1]
 

@@ -108,6 +108,10 @@ def _training(config: QuickstartConfig, unguided: list[dict]) -> str:
     series = {"full pass": (steps, [row["loss_full"] for row in rows])}
     if "loss_masked" in rows[0]:
         series["masked pass"] = (steps, [row["loss_masked"] for row in rows])
+    held_out = [row for row in rows if "val_loss" in row]
+    if held_out:
+        series["held-out images, full pass of the averaged weights"] = (
+            [row["step"] for row in held_out], [row["val_loss"] for row in held_out])
     losses = figures.curves(series, "step", "loss", log=True)
     name = unguided[-1]["extractor"]
     distance = figures.curves(

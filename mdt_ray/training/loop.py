@@ -20,8 +20,8 @@ from mdt_ray.training.optim import clip_gradients, learning_rate
 from mdt_ray.training.state import TrainState
 
 MAX_SKIPPED_IN_A_ROW = 20
-STOP_CHECK_STEPS = 10
-"""Steps between two questions to all ranks whether to stop: often enough for a notice of 30 s, too rare to cost anything."""
+STOP_CHECK_SECONDS = 0.5
+"""Between two questions to all ranks whether to stop: often enough for any notice, too rare to cost anything."""
 
 
 class NonFiniteSteps(Exception):
@@ -43,7 +43,7 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
         save: called at every checkpoint step and when stopping, on every rank.
         save_averages: called at every step at which power-function averages are stored, on every rank.
         validate: gives columns for the row of every validation step, on every rank.
-        should_stop: asked every STOP_CHECK_STEPS steps; all ranks stop at the same step where one says yes.
+        should_stop: asked every STOP_CHECK_SECONDS, or every step; all ranks stop at the same step where one says yes.
         beat: called once a step, for whoever watches that there is progress.
     Raises NonFiniteSteps where no step of MAX_SKIPPED_IN_A_ROW had a finite gradient, or the last one had none.
     """
@@ -56,6 +56,7 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
     if state.step == 0:
         save(state)
     batches = iter(batches)
+    ask_at, asked = state.step + 1, (state.step, time.perf_counter())
     while True:
         started = time.perf_counter()
         parts = [part.to(device) for part in next(batches)]
@@ -85,8 +86,11 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
         meters.add_step(grad_norm, found_inf)
         beat()
 
-        last = state.step >= config.num_steps
-        stopping = state.step % STOP_CHECK_STEPS == 0 and ranks.any_of(should_stop())
+        last, stopping = state.step >= config.num_steps, False
+        if state.step >= ask_at:
+            seconds_a_step = (time.perf_counter() - asked[1]) / (state.step - asked[0])
+            stopping, steps = ranks.largest(should_stop(), STOP_CHECK_SECONDS // seconds_a_step)
+            ask_at, asked = state.step + max(1, int(steps)), (state.step, time.perf_counter())
         saving = state.step % config.checkpoint_every_steps == 0 or last or stopping
         validating = validate is not None and state.step % config.validate_every_steps == 0
         if state.step % config.log_every_steps == 0 or validating or saving:

@@ -12,13 +12,13 @@ def is_first() -> bool:
     return not _several() or dist.get_rank() == 0
 
 
-def any_of(value: bool) -> bool:
-    """Whether it is true on any rank. Every rank must call it."""
+def largest(*values: float) -> list[float]:
+    """Of each value the largest on any rank. Every rank must call it."""
     if not _several():
-        return value
-    flag = torch.tensor(float(value))
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=_hosts(dist.group.WORLD))
-    return bool(flag)
+        return list(values)
+    found = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_hosts(dist.group.WORLD))
+    return found.tolist()
 
 
 def from_first(value: Any) -> Any:

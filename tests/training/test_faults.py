@@ -14,6 +14,7 @@ from mdt_ray import checkpoints
 from mdt_ray.config import LossConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader
+from mdt_ray.training import loop
 from mdt_ray.training import run as training
 from mdt_ray.training import state as states
 from mdt_ray.training.watchdog import EXIT_CODE
@@ -126,13 +127,14 @@ def test_a_hang_leaves_its_stacks_and_ends_the_process(folder, tmp_path, hang):
 # A wish to stop
 
 
-def test_a_wish_to_stop_ends_in_a_checkpoint_and_goes_on_bit_for_bit(folder, tmp_path):
+def test_a_wish_to_stop_ends_in_a_checkpoint_and_goes_on_bit_for_bit(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "STOP_CHECK_SECONDS", 0.0)  # ask at every step
     straight = run(tiny_training(folder, tmp_path / "straight", num_steps=30))
     seen = []
     stopped = run(tiny_training(folder, tmp_path / "stopped", num_steps=30, checkpoint_every_steps=25), report=seen.append,
                   should_stop=lambda: len(seen) >= 13)
-    assert stopped.step == 20
-    assert checkpoints.latest(str(tmp_path / "stopped")).endswith("20")
+    assert stopped.step == 14
+    assert checkpoints.latest(str(tmp_path / "stopped")).endswith("14")
     resumed = run(tiny_training(folder, tmp_path / "stopped", num_steps=30, checkpoint_every_steps=25))
     assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
     assert len(resumed.history) == 30
