@@ -1,4 +1,4 @@
-"""What the cluster's nodes have free and which of them are about to go. Ray has no public call for either: both are here."""
+"""What the cluster's nodes hold, what they have free and which are about to go; for the last two Ray has no public call."""
 
 from ray._private import state
 
@@ -12,8 +12,13 @@ def draining() -> set[str]:
 
 def room_for(workers: WorkersConfig) -> int:
     """How many more workers fit on what is free now, on nodes that stay."""
-    need = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
-    need = {name: amount for name, amount in need.items() if amount}
     going = draining()
     free = {node: have for node, have in state.available_resources_per_node().items() if node not in going}
-    return sum(int(min(have.get(name, 0) / amount for name, amount in need.items()) + 1e-6) for have in free.values())
+    return sum(num_fitting(have, workers) for have in free.values())
+
+
+def num_fitting(resources: dict[str, float], workers: WorkersConfig) -> int:
+    """How many workers one node holds with these resources."""
+    need = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
+    # Ray counts in units of 1e-4: 0.3 CPUs hold three workers of 0.1, whatever the quotient of floats.
+    return int(min(resources.get(name, 0) / amount for name, amount in need.items() if amount) + 1e-6)

@@ -19,7 +19,7 @@ from mdt_ray import run_folder, storage
 from mdt_ray.config import TrainConfig, WorkersConfig
 from mdt_ray.data import latents
 from mdt_ray.data.latents import LatentFile, Manifest
-from mdt_ray.jobs import session
+from mdt_ray.jobs import nodes, session
 
 logger = logging.getLogger(__name__)
 
@@ -52,24 +52,26 @@ def check_nodes(config: TrainConfig, manifest: Manifest) -> None:
     cannot write the output. A node that dies meanwhile is left out with a warning.
     """
     session.require_room(config.workers)
-    began, nodes = time.monotonic(), worker_nodes(config.workers)
+    began, asked = time.monotonic(), worker_nodes(config.workers)
     folder = storage.join(config.output, f"preflight.tmp-{uuid.uuid4().hex}")
-    with _token(folder, nodes) as token:
-        failures = _ask(nodes, (config.latents, manifest.files[0], manifest.content, folder, token,
+    with _token(folder, asked) as token:
+        failures = _ask(asked, (config.latents, manifest.files[0], manifest.content, folder, token,
                                 config.workers.gpus_per_worker > 0))
     if failures:
         order = list(REMEDIES)
         failures.sort(key=lambda failure: (order.index(failure[0]), failure[1]))
         lines = [f"{node}: {text}; {REMEDIES[kind]}" for kind, node, text in failures]
-        raise ValueError(f"{len({node for _, node, _ in failures})} of {len(nodes)} nodes cannot train:\n  " +
+        raise ValueError(f"{len({node for _, node, _ in failures})} of {len(asked)} nodes cannot train:\n  " +
                          "\n  ".join(lines))
-    logger.info("preflight: %d node(s) can read %s and write %s (%.1f s)", len(nodes), config.latents, config.output,
+    logger.info("preflight: %d node(s) can read %s and write %s (%.1f s)", len(asked), config.latents, config.output,
                 time.monotonic() - began)
 
 
 def worker_nodes(workers: WorkersConfig) -> list[dict[str, Any]]:
-    """Ray's entries of the living nodes that could hold at least one worker, were they empty."""
-    return [node for node in ray.nodes() if node["Alive"] and session.num_fitting(node["Resources"], workers)]
+    """Ray's entries of the living nodes that stay and could hold at least one worker, were they empty."""
+    going = nodes.draining()
+    return [node for node in ray.nodes()
+            if node["Alive"] and node["NodeID"] not in going and nodes.num_fitting(node["Resources"], workers)]
 
 
 def name_of(node: dict[str, Any]) -> str:
@@ -77,11 +79,11 @@ def name_of(node: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _token(folder: str, nodes: list[dict[str, Any]]) -> Iterator[str]:
+def _token(folder: str, asked: list[dict[str, Any]]) -> Iterator[str]:
     """A secret that the driver leaves in a local output for nodes other than its own to find: with a disk of its own, each
     node would write happily, and nobody would find its checkpoints. Empty where there is nothing to tell apart."""
     here = ray.get_runtime_context().get_node_id()
-    token = uuid.uuid4().hex if storage.is_local(folder) and any(node["NodeID"] != here for node in nodes) else ""
+    token = uuid.uuid4().hex if storage.is_local(folder) and any(node["NodeID"] != here for node in asked) else ""
     try:
         if token:
             storage.write_bytes(storage.join(folder, TOKEN), token.encode())
@@ -91,11 +93,11 @@ def _token(folder: str, nodes: list[dict[str, Any]]) -> Iterator[str]:
             storage.remove(folder)
 
 
-def _ask(nodes: list[dict[str, Any]], arguments: tuple) -> list[tuple[str, str, str]]:
+def _ask(asked: list[dict[str, Any]], arguments: tuple) -> list[tuple[str, str, str]]:
     """Run `examine` on each node; returns (kind, node, what is wrong) of each failure."""
     options = {"runtime_env": SEE_ALL_GPUS} if arguments[-1] else {}
     tasks = {examine.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
-                             **options).remote(*arguments): node for node in nodes}
+                             **options).remote(*arguments): node for node in asked}
     silent = set(ray.wait(list(tasks), num_returns=len(tasks), timeout=TIMEOUT_SECONDS)[1]) if tasks else set()
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     here, failures = run_folder.versions(), []

@@ -7,6 +7,7 @@ import os
 import ray
 
 from mdt_ray.config import WorkersConfig
+from mdt_ray.jobs import nodes
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +60,12 @@ def require_spare_cpu(workers: WorkersConfig) -> None:
 def require_room(workers: WorkersConfig) -> None:
     """Raise ValueError where this machine's Ray cannot hold the workers, a warning on a cluster. What others take of it now
     does not count: that may become free."""
-    room = sum(num_fitting(node["Resources"], workers) for node in ray.nodes() if node["Alive"])
+    room = sum(nodes.num_fitting(node["Resources"], workers) for node in ray.nodes() if node["Alive"])
     if workers.num_workers > room:
         have = ray.cluster_resources()
         _refuse(f"workers.num_workers = {workers.num_workers}: with {workers.cpus_per_worker:g} CPUs and "
                 f"{workers.gpus_per_worker:g} GPUs each, Ray has room for {room} (it has {have.get('CPU', 0):g} CPUs and "
                 f"{have.get('GPU', 0):g} GPUs)", "use fewer or smaller ones")
-
-
-def num_fitting(resources: dict[str, float], workers: WorkersConfig) -> int:
-    """How many workers an empty node with these total resources holds."""
-    needs = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
-    # Ray counts resources in units of 1e-4, so that 0.3 CPUs hold three workers of 0.1.
-    return min(int(round(resources.get(name, 0) * 1e4) // round(need * 1e4)) for name, need in needs.items() if need)
 
 
 def _refuse(text: str, remedy: str) -> None:

@@ -125,7 +125,7 @@ def test_gpus_that_torch_does_not_see_are_refused(manifest, tmp_path):
 
 @pytest.mark.ray
 def test_workers_that_do_not_fit_are_refused_here_and_waited_for_on_a_cluster(manifest, tmp_path, monkeypatch, caplog):
-    from mdt_ray.jobs import preflight, session
+    from mdt_ray.jobs import nodes, preflight
 
     config = tiny_training(tmp_path / "latents", tmp_path / "out", workers=WorkersConfig(num_workers=5, cpus_per_worker=400))
     with pytest.raises(ValueError, match=r"workers.num_workers = 5: with 400 CPUs and 0 GPUs each, Ray has room for 0 \(it "
@@ -136,11 +136,11 @@ def test_workers_that_do_not_fit_are_refused_here_and_waited_for_on_a_cluster(ma
     assert "workers.num_workers = 5: with 400 CPUs" in caplog.text
     assert "waiting for more nodes" in caplog.text
     node = {"CPU": 3.0, "GPU": 1.0}
-    assert session.num_fitting(node, WorkersConfig()) == 3
-    assert session.num_fitting({"CPU": 0.3}, WorkersConfig(cpus_per_worker=0.1)) == 3
-    assert session.num_fitting(node, WorkersConfig(gpus_per_worker=0.5)) == 2
-    assert session.num_fitting({"CPU": 3.0}, WorkersConfig(gpus_per_worker=1)) == 0
-    assert session.num_fitting({}, WorkersConfig()) == 0
+    assert nodes.num_fitting(node, WorkersConfig()) == 3
+    assert nodes.num_fitting({"CPU": 0.3}, WorkersConfig(cpus_per_worker=0.1)) == 3
+    assert nodes.num_fitting(node, WorkersConfig(gpus_per_worker=0.5)) == 2
+    assert nodes.num_fitting({"CPU": 3.0}, WorkersConfig(gpus_per_worker=1)) == 0
+    assert nodes.num_fitting({}, WorkersConfig()) == 0
 
 
 def test_versions_that_matter_are_compared():
