@@ -32,6 +32,7 @@ REMEDIES = {
     "gpus": "mend the driver or install a torch built for CUDA there, or start that node's Ray with the GPUs it has",
     "latents": "put the latents on storage that every node mounts at this path, or on an object store; check credentials "
                "there",
+    "damaged": f"{latents.REBUILD}, or copy it anew where the node has a copy of its own",
     "output": "put the output on storage that every node may write to, a shared mount or an object store; check room and "
               "credentials there",
     "shared": "put the output on storage that every node mounts at this path, or on an object store",
@@ -170,12 +171,17 @@ def _try_latents(folder: str, file: LatentFile, content: str) -> list[tuple[str,
             damage = latents.damage_of(file, {file.name: handle.size()})
             if not damage:
                 handle.read(4)
-                pq.read_metadata(handle)
-        if not damage and latents.read_manifest(folder).content != content:
+                try:
+                    pq.read_metadata(handle)
+                except ValueError as error:
+                    damage = _reason(error)
+        if damage:
+            return [("damaged", f"{uri}: {damage}")]
+        if latents.read_manifest(folder).content != content:
             return [("latents", f"{folder} holds other latents than the driver's")]
     except (OSError, ValueError) as error:
-        damage = _reason(error)
-    return [("latents", f"cannot read {uri}: {damage}")] if damage else []
+        return [("latents", f"cannot read {uri}: {_reason(error)}")]
+    return []
 
 
 def _try_output(folder: str, token: str) -> list[tuple[str, str]]:
