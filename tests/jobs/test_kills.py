@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mdt_ray import checkpoints, storage
+from mdt_ray.training.meters import MACHINE_COLUMNS
 from tests import harness
 from tests.conftest import ROOT
 from tests.data.pictures import encoded, write_folder
@@ -131,7 +132,7 @@ def test_train_goes_on_after_a_kill(folder, latents, environment, victim):
     a, b = (checkpoints.latest(str(output)) for output in (straight, killed))
     for name in ("model/diffusion_pytorch_model.safetensors", "ema/diffusion_pytorch_model.safetensors", "optimizer.pt"):
         assert storage.read_bytes(f"{a}/{name}") == storage.read_bytes(f"{b}/{name}"), name
-    rows = [[{k: v for k, v in row.items() if k != "images_per_second"}
+    rows = [[{k: v for k, v in row.items() if k not in MACHINE_COLUMNS}
              for row in checkpoints.read_metrics(f"{uri}/metrics.parquet")] for uri in (a, b)]
     assert len(rows[0]) == 120
     assert rows[0] == rows[1]
