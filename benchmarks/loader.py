@@ -8,6 +8,7 @@ are a rate of their own. In turn, several rounds, medians.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -35,13 +36,14 @@ CONSUMED = 4000
 """Images/s that a worker takes: 64 MB/s."""
 
 
-def write_latents(folder: Path, num_images: int) -> None:
-    rng, files = np.random.default_rng(0), []
-    moments = rng.normal(size=(4096, 2, *SHAPE)).astype(np.float16)
-    for number in range(num_images // 4096):
-        ids = [f"{number}-{i}" for i in range(4096)]
-        table = latents.encode_table(ids, [i % 1000 for i in range(4096)], moments, None, 0.0, {})
-        files.append(latents.write_file(str(folder), f"chunk-{number:05d}.parquet", table, 128))
+def write_latents(folder: Path, num_files: int) -> None:
+    """Files of 4096 images; all are one by another name, so that a large data set takes little room."""
+    moments = np.random.default_rng(0).normal(size=(4096, 2, *SHAPE)).astype(np.float16)
+    table = latents.encode_table([str(i) for i in range(4096)], [i % 1000 for i in range(4096)], moments, None, 0.0, {})
+    first = latents.write_file(str(folder), "chunk-00000.parquet", table, 128)
+    files = [dataclasses.replace(first, name=f"chunk-{number:05d}.parquet") for number in range(num_files)]
+    for file in files[1:]:
+        os.link(folder / first.name, folder / file.name)
     latents.write_manifest(str(folder), latents.Manifest(
         identity="", shape=SHAPE, image_size=256, vae={"scale": 0.18215, "shift": 0.0}, num_classes=1000,
         class_counts=[0] * 1000, class_names=[""] * 1000, flip=False, files=files))
@@ -52,8 +54,8 @@ def write_latents(folder: Path, num_images: int) -> None:
 
 def waiting(folder: Path, steps: int) -> tuple[float, float, float]:
     """Share of its time that a worker of 8 waits for batches while it takes CONSUMED images/s; the same of what its sleeps
-    last too long, which is what the machine's other work costs; and images/s when it never sleeps. It holds 144 of the row
-    groups, so it reads all the time."""
+    last too long, which is what the machine's other work costs; and images/s when it never sleeps. It holds 160 of 10,016
+    row groups, so it reads all the time."""
     config = LoaderConfig(batch_size=BATCH * WORKERS, num_lanes=LANES, seed=0, num_classes=1000, class_dropout_prob=0.1,
                           num_tokens=256)
     with Loader(str(folder), latents.open_manifest(str(folder)), config, 0, WORKERS) as loader:
@@ -69,9 +71,9 @@ def waiting(folder: Path, steps: int) -> tuple[float, float, float]:
             waited += taken - started
             late += time.perf_counter() - taken - BATCH / CONSUMED
         started = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(100):
             next(batches)
-        rate = steps * BATCH / (time.perf_counter() - started)
+        rate = 100 * BATCH / (time.perf_counter() - started)
     busy = steps * BATCH / CONSUMED
     return waited / (waited + busy), late / (late + busy), rate
 
@@ -160,7 +162,7 @@ def ray_data(folder: Path, shuffled: bool) -> float:
 
 def reading(folder: Path, quick: bool) -> dict[str, float]:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    count = 4096 if quick else 20480
+    count = 4096 if quick else 10240
     write_files(folder / "files", count)
     rates: dict[str, list[float]] = {}
     for _ in range(3):
@@ -171,7 +173,7 @@ def reading(folder: Path, quick: bool) -> dict[str, float]:
     session.start()
     ray.data.DataContext.get_current().enable_progress_bars = False
     ray_data(folder / "latents", shuffled=False)  # its workers start
-    for _ in range(1 if quick else 3):
+    for _ in range(2):
         rates["ours"].append(ours(folder / "latents"))
         rates.setdefault("Ray Data", []).append(ray_data(folder / "latents", shuffled=True))
         rates.setdefault("Ray Data, in file order", []).append(ray_data(folder / "latents", shuffled=False))
@@ -187,12 +189,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small inputs, fewer steps: within a minute on 2 cores")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    folder, steps, rounds = Path(tempfile.mkdtemp(prefix="loader-")), 60 if quick else 200, 1 if quick else 5
+    folder, steps, rounds = Path(tempfile.mkdtemp(prefix="loader-")), 100 if quick else 626, 1 if quick else 3
     try:
-        write_latents(folder / "latents", 20480 if quick else 81920)
-        found = [waiting(folder / "latents", steps) for _ in range(rounds)]
+        write_latents(folder / "imagenet", 313)  # 626 steps are an epoch of it, and see one change of epoch
+        write_latents(folder / "latents", 10 if quick else 40)
+        found = [waiting(folder / "imagenet", steps) for _ in range(rounds)]
         share, late, rate = (statistics.median(values) for values in zip(*found, strict=True))
-        store = statistics.median(waiting_for_a_store(folder / "latents", steps) for _ in range(rounds))
+        store = statistics.median(waiting_for_a_store(folder / "imagenet", steps) for _ in range(rounds))
         print(f"a worker that takes {CONSUMED} images/s waits {share:.1%} of its time ({store:.1%} with row groups 0.15 s "
               f"late; its sleeps alone are {late:.1%} too long); batches with all their noise: {rate:.0f} images/s at most")
         figures = {"share_of_step_waiting": share, "share_of_step_waiting_store": store, "batches_images_per_second": rate}

@@ -27,9 +27,9 @@ MAKER_THREADS = 2
 """Batches made side by side. Most of the time goes into random numbers, which are drawn without Python's lock."""
 FETCH_STEPS = 16
 """Steps whose row groups are fetched ahead: at 4,000 images/s and batch 256, a second."""
-FETCH_THREADS = 16
+FETCH_THREADS = 32
 """Row groups on their way at a time: an object store takes some 0.1 s for one (two or three requests)."""
-SPARE_GROUPS = 2
+SPARE_GROUPS = 4
 """Row groups held for a lane beside those that it draws from: those fetched ahead."""
 
 

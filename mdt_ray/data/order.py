@@ -55,10 +55,12 @@ class Order:
     def permutation(self, epoch: int) -> np.ndarray:
         """Image at each position of an epoch, (N,) int64.
 
-        The file order is cut into W bands, each band into a stretch for every lane. A lane has one stretch of each band: its
-        slots. It reads a slot's row groups one after another, in random order and with their rows shuffled, and takes its
-        next image from a slot drawn at random. So a lane holds W row groups at a time, while every batch draws from all over
-        the data, whatever their order. (W = NUM_SLOTS, P pieces: what is left of row groups where stretches end in one.)
+        The file order, a ring, is cut from a random place on into W bands, each band into a stretch for every lane. A lane
+        has one stretch of each band: its slots. It reads a slot's row groups one after another, with their rows shuffled,
+        and takes its next image from a slot drawn at random. So a lane holds W row groups at a time, while every batch draws
+        from all over the data, whatever their order. A slot's groups come in random order, but the one that its stretch cuts
+        into comes first: such pieces differ in length, so that the slots do not all begin their next groups at one time.
+        (W = NUM_SLOTS, P pieces: row groups, and parts of those in which a stretch ends.)
         """
         rng = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         # An epoch need not start at a batch's start, so the lane of a position shifts from epoch to epoch.
@@ -68,13 +70,15 @@ class Order:
         lengths = counts // NUM_SLOTS + (np.arange(NUM_SLOTS) < counts % NUM_SLOTS)  # (L, W), images of each slot
         stretches = np.concatenate([rng.permutation(self.num_lanes) * NUM_SLOTS + k for k in range(NUM_SLOTS)])  # (L W,)
         slots = np.repeat(stretches, lengths.ravel()[stretches])  # (N,), of each image; slot k of lane j is j W + k
-        groups = np.repeat(np.arange(len(self.group_sizes)), self.group_sizes)  # (N,)
+        cut = rng.integers(self.num_images)
+        groups = np.roll(np.repeat(np.arange(len(self.group_sizes)), self.group_sizes), -cut)  # (N,)
         edges = (np.diff(slots, prepend=-1) != 0) | (np.diff(groups, prepend=-1) != 0)  # (N,), where a piece begins
         owners = slots[edges]  # (P,), the slot of each piece
+        follows = np.diff(owners, prepend=-1) == 0  # (P,), not the first piece of its slot
         ranks = np.empty_like(owners)
-        ranks[np.lexsort((rng.random(len(owners)), owners))] = np.arange(len(owners))  # slot by slot, pieces at random
-        images = (ranks[edges.cumsum() - 1] + rng.random(self.num_images)).argsort(kind="stable")  # (N,), rows at random
-        slots = slots[images]  # (N,), ascending
+        ranks[np.lexsort((rng.random(len(owners)) * follows, owners))] = np.arange(len(owners))
+        rows = (ranks[edges.cumsum() - 1] + rng.random(self.num_images)).argsort(kind="stable")  # (N,), slot by slot
+        images, slots = (rows + cut) % self.num_images, slots[rows]  # (N,), (N,) ascending
         drawn = slots[(slots // NUM_SLOTS + rng.random(self.num_images)).argsort(kind="stable")]  # (N,), lane by lane
         permutation = np.empty_like(images)
         permutation[lanes.argsort(kind="stable")[drawn.argsort(kind="stable")]] = images

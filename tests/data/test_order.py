@@ -70,6 +70,19 @@ def test_a_lane_needs_few_row_groups_at_a_time():
     assert max(needed) <= NUM_SLOTS
 
 
+def test_lanes_begin_new_row_groups_at_a_steady_rate():
+    """Else an object store would have to bring all of them at once. Eight lanes of 64, 10,000 groups: 2 groups a step."""
+    order = Order((128,) * 10_016, 2048, 64, 0)
+    permutation, begun, known = order.permutation(0), [], set()
+    for step in range(200):
+        groups = {int(g) for lane in range(8) for g in permutation[order.places(step, lane)] // 128}
+        begun.append(len(groups - known))
+        known |= groups
+    windows = np.convolve(begun[5:], np.ones(8), "valid")  # after the first groups of all slots
+    assert 12 < windows.mean() < 20
+    assert windows.max() < 48, "three times the mean"
+
+
 # Shuffling. What a batch holds of each class, of files sorted by class, against random draws.
 
 
