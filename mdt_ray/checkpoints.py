@@ -52,17 +52,43 @@ def damage(uri: str) -> str | None:
                 return f"{name} does not have its checksum"
     except FileNotFoundError as error:
         return f"{error.filename or error} is missing"
+    except ValueError as error:  # the checksums themselves
+        return str(error)
     return None
 
 
 def latest(output: str) -> str | None:
-    """The newest undamaged checkpoint of a training output, or None. A damaged one is passed over with a warning."""
-    for uri in reversed(list_finished(output)):
+    """The newest undamaged checkpoint of a training output, or None. A damaged one is passed over with a warning.
+
+    Raises ValueError if there are some and none is whole: to begin anew is not for us to decide.
+    """
+    found = list_finished(output)
+    for uri in reversed(found):
         fault = damage(uri)
         if fault is None:
             return uri
         logger.warning("checkpoint %s is damaged (%s); taking the one before it", uri, fault)
+    if found:
+        raise ValueError(f"{output}: none of its {len(found)} checkpoints is whole; bring one back, or delete the folder to "
+                         "begin anew")
     return None
+
+
+def drop_after(output: str, step: int) -> None:
+    """Delete what is beyond a step that training goes on from (checkpoints passed over as damaged) and what a killed writer
+    left without its mark: neither may count as the newest, or take the place of one that is kept. For the one owner."""
+    folder = storage.join(output, CHECKPOINTS)
+    storage.clear_leftovers(folder)
+    for name in storage.list_names(folder):
+        uri = storage.join(folder, name)
+        if name.startswith("step-") and (step_of(name) > step or not storage.exists(storage.join(uri, CHECKSUMS))):
+            remove(uri)
+
+
+def remove(uri: str) -> None:
+    """Delete a checkpoint. The mark of a whole one goes first, so that a kill in between leaves no half of one."""
+    storage.remove(storage.join(uri, CHECKSUMS))
+    storage.remove(uri)
 
 
 def steps_done(output: str) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 ROW_OVERHEAD = 60
 """Bytes of a row beside its moments: id, label, split, and their share of the file's index."""
+RETRY_SECONDS = (1.0, 10.0, 60.0)
+"""Waited before a read is tried again that failed for a reason outside the file."""
 REBUILD = "run the same `mdt-ray precompute` again, which rebuilds just that file"
 
 
@@ -187,26 +190,44 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
                with_ids: bool = False) -> dict[str, np.ndarray]:
     """One row group as arrays: label (n,), moments (n, 2, C, h, w) float16 and, if asked, moments_flip and id.
 
-    Raises ValueError naming a damaged file, or one without mirror images where they are asked for.
+    Tries again for a while where a store does not answer. Raises OSError after that, and ValueError naming a damaged file,
+    or one without mirror images where they are asked for.
     """
     uri = storage.join(folder, file.name)
     columns = ["label", "moments"] + ["moments_flip"] * flip
     others = ["id"] * with_ids
-    try:
-        metadata = _metadata(uri, file.sha256)
-        fs, path = storage.resolve(uri)
-        with fs.open_input_file(path) as handle:
-            table = pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns=columns + others,
-                                                                               use_threads=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{uri}: row group {group} is not readable ({error}); run the same `mdt-ray precompute` again"
-                         ) from error
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            metadata = _metadata(uri, file.sha256)
+            fs, path = storage.resolve(uri)
+            with fs.open_input_file(path) as handle:
+                table = pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns=columns + others,
+                                                                                   use_threads=False)
+            break
+        except (OSError, ValueError) as error:
+            if _is_damaged(uri, file):
+                raise ValueError(f"{uri}: row group {group} is not readable ({error}); run the same `mdt-ray precompute` "
+                                 "again") from error
+            if pause is None:
+                raise OSError(f"{uri}: could not be read ({error}); mend the access, and run the same command again"
+                              ) from error
+            time.sleep(pause)
     arrays = {name: table.column(name).to_numpy() for name in ["label", *others]}
     for name in columns[1:]:
         if name not in table.column_names:
             raise ValueError(f"{uri}: has no {name}; run `mdt-ray precompute --flip`")
         arrays[name] = binary_rows(table.column(name), (2, *shape))
     return arrays
+
+
+def _is_damaged(uri: str, file: LatentFile) -> bool:
+    """Whether a file that could not be used is not what was written. False too where its store does not answer."""
+    try:
+        return storage.sha256(storage.read_bytes(uri)) != file.sha256
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 @functools.lru_cache(maxsize=4096)

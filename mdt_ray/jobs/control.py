@@ -3,6 +3,7 @@
 Workers leave rows of metrics and say on which node they are. Asked by the driver to stop, they write a checkpoint and end.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from mdt_ray.config import TrainConfig
 from mdt_ray.interrupts import Wish
 from mdt_ray.jobs import nodes
 
+logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 GROW_AFTER_SECONDS = 30.0
 """How long there must be room for another worker before the run is restarted with it, which costs about as much."""
@@ -83,7 +85,7 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
     """Run `fit`, which launches the workers and waits for them, in a thread; meanwhile hand their rows to `on_row`, call
     `meanwhile`, and ask them to stop where there is a reason. Returns the reason, or None where they ended by themselves.
 
-    Raises what `fit` raises, unless the workers were asked to stop because of a signal.
+    Raises what `fit` raises. Whatever goes wrong here costs a warning: the workers are never left alone.
     """
     failure: list[BaseException] = []
 
@@ -99,12 +101,14 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
     reason = None
     while thread.is_alive():
         thread.join(POLL_SECONDS)
-        _hand_over(control, on_row)
-        meanwhile()
-        if reason is None:
-            reason = _reason(control, wish, growth)
-            if reason is not None:
-                control.ask_to_stop.remote()
+        try:
+            _hand_over(control, on_row)
+            meanwhile()
+            reason = reason or _reason(control, wish, growth)
+        except Exception as error:
+            logger.warning("while watching the workers: %s: %s", type(error).__name__, error)
+        if reason is not None:
+            control.ask_to_stop.remote()  # again and again, for an actor that was lost and made anew
     _hand_over(control, on_row)
     if failure:
         raise failure[0]

@@ -60,7 +60,6 @@ class Previews:
         while self._task is not None or self._start():
             if wish.signum is not None:
                 step, _ = self._task
-                self.cancel()
                 raise Stopped(wish.signum, f"stopped; training is done, the samples of step {step} are not")
             if ray.wait([self._task[1]], timeout=0.5)[0]:
                 self._collect()

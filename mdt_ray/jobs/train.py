@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -82,8 +83,12 @@ def train(config: TrainConfig) -> str:
     finished = is_finished(config)
     if not finished or samples.due(config.output, config.sample_every_steps):
         with run_folder.claim(config.output, run) as token:
-            session.start()
-            preflight.check_nodes(config, manifest)
+            with stop_signals() as wish:
+                session.start()  # (sets handlers of its own)
+            _heed(config, wish)
+            with stop_signals() as wish:
+                preflight.check_nodes(config, manifest)
+            _heed(config, wish)
             if config.init_from and not checkpoints.list_finished(config.output):
                 logger.info("starting from %s; %s lists what is taken and what is new", config.init_from,
                             storage.join(config.output, INIT_FROM))
@@ -91,9 +96,12 @@ def train(config: TrainConfig) -> str:
             with (open_trackers(config.track, config.output, run, first_step) as track, stop_signals() as wish,
                   _shown(config, first_step, track) as on_row):
                 on_the_way = previews.Previews(config, on_row)
-                if not finished:
-                    _train_to_the_end(config, run, token, wish, on_row, on_the_way)
-                on_the_way.finish(wish)
+                try:
+                    if not finished:
+                        _train_to_the_end(config, run, token, wish, on_row, on_the_way)
+                    on_the_way.finish(wish)
+                finally:
+                    on_the_way.cancel()
             write_metrics(config.output, checkpoints.read_metrics(storage.join(config.output, METRICS)))
     return checkpoints.list_finished(config.output)[-1]
 
@@ -104,7 +112,7 @@ def _shown(config: TrainConfig, first_step: int, track: Callable[[dict], None]) 
 
     Workers that go on from a checkpoint send the rows after it again.
     """
-    newest = (0, first_step)  # attempt, step
+    newest = (None, first_step)  # attempt, step
     with progress.bar(config.num_steps * config.batch_size, "image", "train", first_step * config.batch_size) as bar:
 
         def show(row: dict[str, Any]) -> None:
@@ -113,7 +121,9 @@ def _shown(config: TrainConfig, first_step: int, track: Callable[[dict], None]) 
                 return track(row)
             bar.set_postfix_str(f"step {row['step']}/{config.num_steps} loss {row['loss']:.3f}", refresh=False)
             bar.update(row["images_seen"] - bar.n)
-            if (row["attempt"], row["step"]) > newest:
+            if newest[0] is not None and row["attempt"] > newest[0]:
+                logger.warning("gradients were not finite; training went back to the checkpoint before step %d", row["step"])
+            if row["attempt"] != newest[0] or row["step"] > newest[1]:
                 newest = (row["attempt"], row["step"])
                 track(row)
 
@@ -141,13 +151,19 @@ def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on
                 raise
             hung = sorted(set(storage.list_names(storage.join(config.output, STACKS))) - stacks)
             logger.warning("a training worker was lost (%s)%s; going on from the newest checkpoint", error,
-                           f"; where it hung: {storage.join(config.output, STACKS, hung[0])}" if hung else "")
+                           f"; where it hung, by rank: {storage.join(config.output, STACKS)}" if hung else "")
         step = checkpoints.newest_step(config.output)
-        if wish.signum is not None:
-            on_the_way.cancel()
-            raise Stopped(wish.signum, f"stopped; the checkpoint of step {step} is written")
+        _heed(config, wish)
         if reason is not None:
             logger.warning("%s: starting the workers again from step %d", reason, step)
+
+
+def _heed(config: TrainConfig, wish: Wish) -> None:
+    """Raise Stopped after a signal."""
+    if wish.signum is not None:
+        found = checkpoints.list_finished(config.output)
+        raise Stopped(wish.signum, f"stopped; the checkpoint of step {checkpoints.step_of(found[-1])} is written"
+                      if found else "stopped before the first checkpoint")
 
 
 def _wait_for_room(config: TrainConfig, wish: Wish) -> int:
@@ -172,6 +188,11 @@ def _launch(config: TrainConfig, run: dict, token: str, num_workers: int, wish: 
             on_row: Callable[[dict], None], meanwhile: Callable[[], None]) -> str | None:
     """Start workers and wait for them; returns why they were asked to stop, or None where they finished."""
     workers, channel = config.workers, control.open_control()
+    # Fewer workers own more lanes each: parts in time keep what a worker holds at once, and change nothing but speed.
+    parts = math.ceil(config.accumulation * workers.num_workers / num_workers)
+    config = dataclasses.replace(
+        config, accumulation=min(parts, config.num_lanes // num_workers), min_workers=0,
+        workers=dataclasses.replace(workers, num_workers=num_workers))
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": config_io.to_dict(config), "run": run, "control": channel, "token": token},

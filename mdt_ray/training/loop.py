@@ -29,8 +29,7 @@ class NonFiniteSteps(Exception):
 
 
 def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, ...]], config: TrainConfig, *,
-          device: torch.device, report: Callable[[dict], None], save: Callable[[TrainState], None],
-          save_averages: Callable[[TrainState], None] = lambda state: None,
+          device: torch.device, report: Callable[[dict], None], save: Callable[[bool, bool], None],
           validate: Callable[[TrainState], dict[str, float]] | None = None,
           should_stop: Callable[[], bool] = lambda: False, beat: Callable[[], None] = lambda: None) -> bool:
     """Train `state` to config.num_steps; returns whether it got there, or was asked to stop before.
@@ -40,8 +39,7 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
         module: the TrainingStep of state.model, wrapped in DDP where there is more than one rank.
         batches: this rank's batches from state.step on, each in parts whose gradients are added up.
         report: called with every row of metrics, on every rank with the same row.
-        save: called at every checkpoint step and when stopping, on every rank.
-        save_averages: called at every step at which power-function averages are stored, on every rank.
+        save: called on every rank where a checkpoint is due, or a snapshot of the power-function averages, with which it is.
         validate: gives columns for the row of every validation step, on every rank.
         should_stop: asked every STOP_CHECK_SECONDS, or every step; all ranks stop at the same step where one says yes.
         beat: called once a step, for whoever watches that there is progress.
@@ -54,7 +52,8 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
     if state.step >= config.num_steps:
         return True
     if state.step == 0:
-        save(state)
+        save(True, False)
+    due = False
     batches = iter(batches)
     ask_at, asked = state.step + 1, (state.step, time.perf_counter())
     while True:
@@ -93,20 +92,21 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
             ask_at, asked = state.step + max(1, int(steps)), (state.step, time.perf_counter())
         saving = state.step % config.checkpoint_every_steps == 0 or last or stopping
         validating = validate is not None and state.step % config.validate_every_steps == 0
-        if state.step % config.log_every_steps == 0 or validating or saving:
+        if state.step % config.log_every_steps == 0 or validating or saving or due:
             row = {"step": state.step, "images_seen": state.step * config.batch_size, "attempt": state.attempt, "lr": lr,
                    **meters.collect(steps_left=config.num_steps - state.step)}
             if validating:
                 row |= validate(state)
                 meters.restart_clock()
-            state.history.append(row)
             report(row)
             if skipped_in_a_row >= (1 if last else MAX_SKIPPED_IN_A_ROW):
                 raise NonFiniteSteps(f"no finite gradient in the last {int(skipped_in_a_row)} steps, at step {state.step}")
-        if config.ema.power_stds and (state.step % config.ema.snapshot_every_steps == 0 or last):
-            save_averages(state)  # before the checkpoint, from which a resume would not come back to it
-        if saving and not skipped_in_a_row:  # what follows a non-finite step is no place to come back to
-            save(state)
+        due = due or saving
+        snapshot = bool(config.ema.power_stds) and (state.step % config.ema.snapshot_every_steps == 0 or last)
+        if due or snapshot:
+            checkpoint = due and not skipped_in_a_row  # what follows a non-finite step is no place to come back to
+            save(checkpoint, snapshot)
+            due = due and not checkpoint
         if last or stopping:
             return last
 

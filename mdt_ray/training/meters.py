@@ -11,7 +11,8 @@ from mdt_ray.config import NUM_TIMESTEPS, TrainConfig
 
 NUM_QUARTILES = 4
 MACHINE_COLUMNS = ("num_workers", "images_per_second", "share_waiting", "memory_gb", "seconds_left")
-"""Columns that differ from one run of the same training to the next; all others are equal bit for bit."""
+"""Columns that differ from one run of the same training to the next; all others are equal bit for bit. (A run that was asked
+to stop has a row more, of that step, and the next row tells of the steps since.)"""
 
 
 class Meters:

@@ -1,5 +1,6 @@
 """What ranks tell each other beside gradients: small facts between the hosts' CPUs, which never wait for a GPU's queue."""
 
+import datetime
 import functools
 from typing import Any
 
@@ -37,4 +38,5 @@ def _several() -> bool:
 @functools.cache
 def _hosts(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """The default group if it runs on CPUs, else one that does, made once for it."""
-    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    patience = datetime.timedelta(days=1)  # (who hangs is for the watchdog to say)
+    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=patience)

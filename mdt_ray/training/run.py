@@ -94,28 +94,31 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     # fp32 means fp32, convolutions too: TF32 keeps 10 bits of mantissa.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     keep = functools.partial(_keep_stacks, config.output, rank)
-    with Writer() as writer, Watchdog(config.hang_timeout_s, keep) as watchdog:
+    with Watchdog(config.hang_timeout_s, keep) as watchdog, Writer() as writer:
         state, facts = _initial(config, manifest, rank, device)
         module = TrainingStep(state.model, config.loss, dtype)
         module = DistributedDataParallel(module) if world_size > 1 else module
-        validation = _validation(config, manifest, rank, world_size, device, dtype)
+        validate = _validation(config, manifest, rank, world_size, device, dtype, watchdog.beat)
 
-        def submit(copy: Callable[[], Callable[[], None]]) -> None:
+        def save(checkpoint: bool, snapshot: bool) -> None:
             if rank == 0:
-                if not may_write():
-                    raise RuntimeError(f"{config.output} was taken over by another run; this one stops")
-                writer.submit(copy())
+                # Averages first: from the checkpoint a resume would not come back to them.
+                writes = [snapshots.save_snapshot(state, config.output, config.ema, facts)] if snapshot else []
+                writes += [_publishing(state, config, run, facts)] if checkpoint else []
+                writer.submit(lambda: _write_all(writes, may_write, config.output))
             watchdog.beat()
 
-        def save(state: TrainState) -> None:
-            submit(lambda: _publishing(state, config, run, facts))
+        def told(row: dict) -> None:
+            if rank == 0:
+                state.history.append(row)
+                report(row)
 
-        def save_averages(state: TrainState) -> None:
-            submit(lambda: snapshots.save_snapshot(state, config.output, config.ema, facts))
+        def asked_to_stop() -> bool:
+            writer.check()
+            return should_stop()
 
         if rank == 0:
-            storage.clear_leftovers(storage.join(config.output, checkpoints.CHECKPOINTS))
-            snapshots.drop_after(config.output, state.step)
+            _drop_after(config.output, state.step)
             logger.info("rank 0 of %d: %d training images, %d held out, %d lanes, %s, %d threads, from step %d", world_size,
                         manifest.num_train, manifest.num_rows - manifest.num_train, config.num_lanes, dtype or torch.float32,
                         torch.get_num_threads(), state.step)
@@ -124,8 +127,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
             with Loader(config.latents, manifest, loader_config(config), rank, world_size, config.accumulation) as loader:
                 try:
                     loop.train(state, module, loader.batches(state.step, state.attempt), config, device=device, save=save,
-                               save_averages=save_averages, report=report if rank == 0 else lambda row: None,
-                               validate=validation, should_stop=should_stop, beat=watchdog.beat)
+                               report=told, validate=validate, should_stop=asked_to_stop, beat=watchdog.beat)
                     return state
                 except loop.NonFiniteSteps as error:
                     writer.wait()
@@ -168,7 +170,7 @@ def loader_config(config: TrainConfig) -> LoaderConfig:
 
 
 def _validation(config: TrainConfig, manifest: Manifest, rank: int, world_size: int, device: torch.device,
-                dtype: torch.dtype | None) -> Callable[[TrainState], dict] | None:
+                dtype: torch.dtype | None, beat: Callable[[], None]) -> Callable[[TrainState], dict] | None:
     if not config.validate_every_steps:
         return None
     validation = Validation(config.latents, manifest, rank, world_size, device, dtype)
@@ -176,11 +178,24 @@ def _validation(config: TrainConfig, manifest: Manifest, rank: int, world_size: 
         if rank == 0:
             logger.warning("no validation loss: the latents hold out no image; precompute with --validation-share 0.01")
         return None
-    return lambda state: validation.loss(state.ema)
+    return lambda state: validation.loss(state.ema, beat)
+
+
+def _write_all(writes: list[Callable[[], None]], may_write: Callable[[], bool], output: str) -> None:
+    for write in writes:
+        if not may_write():
+            raise RuntimeError(f"{output} was taken over by another run; this one stops")
+        write()
+
+
+def _drop_after(output: str, step: int) -> None:
+    """Delete what a run that goes on from a step has beyond it."""
+    checkpoints.drop_after(output, step)
+    snapshots.drop_after(output, step)
 
 
 def _publishing(state: TrainState, config: TrainConfig, run: dict, facts: dict) -> Callable[[], None]:
-    """A copy of the state is taken now; what is returned writes it, for good measure with the metrics beside it."""
+    """A copy of the state is taken now; what is returned writes it, with the metrics beside it, and deletes old ones."""
     write, history = states.snapshot(state, config.output, run, facts), list(state.history)
 
     def publish() -> None:
@@ -209,7 +224,7 @@ def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], er
                                "optim.lr, set optim.clip_norm, or use precision fp32, in another output folder") from error
     states.restore(state, found)
     if ranks.is_first():
-        snapshots.drop_after(config.output, state.step)
+        _drop_after(config.output, state.step)
     state.attempt = max(attempt, state.attempt) + 1
     logger.warning("%s; going back to step %d, with other random draws (attempt %d)", error, step, state.attempt)
 

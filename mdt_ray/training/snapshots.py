@@ -59,8 +59,7 @@ def drop_after(output: str, step: int) -> None:
     storage.clear_leftovers(storage.join(output, SNAPSHOTS))
     for uri in checkpoints.list_finished(output, SNAPSHOTS):
         if checkpoints.step_of(uri) > step:
-            storage.remove(storage.join(uri, CHECKSUMS))  # first, so that a kill in between leaves no half of one
-            storage.remove(uri)
+            checkpoints.remove(uri)
 
 
 def list_until(output: str, step: int | None) -> list[str]:

@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from mdt_ray import checkpoints, storage
-from mdt_ray.checkpoints import CHECKPOINTS, CHECKSUMS
+from mdt_ray.checkpoints import CHECKPOINTS
 from mdt_ray.models import MDT, DiT
+from mdt_ray.training import ranks
 
 
 @dataclass
@@ -34,7 +35,7 @@ class TrainState:
     step: int = 0
     attempt: int = 0
     history: list[dict] = field(default_factory=list)
-    """Rows of metrics logged so far."""
+    """Rows of metrics logged so far, on rank 0."""
     more_ema: dict[str, MDT | DiT] = field(default_factory=dict)
     """Further averages, by the name of their folder."""
 
@@ -96,7 +97,7 @@ def restore(state: TrainState, uri: str) -> None:
         state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
         values = json.loads((folder / "state.json").read_text())
         state.step, state.attempt = values["step"], values["attempt"]
-        state.history[:] = checkpoints.read_metrics(str(folder / "metrics.parquet"))
+        state.history[:] = checkpoints.read_metrics(str(folder / "metrics.parquet")) if ranks.is_first() else []
 
 
 def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int, spare: Collection[int] = ()) -> None:
@@ -106,6 +107,4 @@ def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int, spare:
     kept = checkpoints.kept(list(finished), keep_last, keep_every_steps)
     for step, uri in finished.items():
         if step not in kept and step not in spare:
-            # The mark of a whole checkpoint goes first, so that a kill in between leaves no half of one.
-            storage.remove(storage.join(uri, CHECKSUMS))
-            storage.remove(uri)
+            checkpoints.remove(uri)

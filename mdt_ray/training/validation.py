@@ -4,6 +4,8 @@ steps and between runs on the same latents. Not a measure of samples: that is ev
 B images, C latent channels, h x w latent size.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -43,11 +45,12 @@ class Validation:
         self.scale, self.shift = manifest.vae["scale"], manifest.vae["shift"]
 
     @torch.no_grad()
-    def loss(self, model: nn.Module) -> dict[str, float]:
+    def loss(self, model: nn.Module, beat: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Columns `val_loss` and `val_loss_t062`, ...: mean loss (mse + vb) of the full pass over all ranks' images, over
-        TIMESTEPS and at each. Every rank must call it."""
+        TIMESTEPS and at each. Every rank must call it. `beat` is called now and then."""
         sums = torch.zeros(NUM_LEVELS, dtype=torch.float64, device=self.device)
         for first in range(0, len(self.numbers), BATCH_SIZE):
+            beat()
             x_0, eps, y = self._batch(slice(first, first + BATCH_SIZE))
             for level, timestep in enumerate(TIMESTEPS):
                 t = torch.full((len(x_0),), timestep, device=self.device)

@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
-POLLS = 20
-"""Looks at the clock within a time-out."""
+POLL_SECONDS = 5.0
+"""Between two looks at the clock, at most a twentieth of the time-out."""
 EXIT_CODE = 70
 
 
@@ -45,16 +45,18 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        interval = min(POLL_SECONDS, self.timeout_s / 20)
         while True:
             # Ends the process from outside Python, unless this thread gets to put it off.
             faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True)
-            if self._done.wait(self.timeout_s / POLLS):
+            if self._done.wait(interval):
                 faulthandler.cancel_dump_traceback_later()
                 return
             if time.monotonic() - self._last > self.timeout_s:
                 break
         try:
             self.keep(stacks())
+            time.sleep(3 * interval)  # where the first process ends, the others are ended: let them write down theirs
         finally:
             os._exit(EXIT_CODE)
 

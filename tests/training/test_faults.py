@@ -17,6 +17,7 @@ from mdt_ray.data.loader import Loader
 from mdt_ray.training import loop
 from mdt_ray.training import run as training
 from mdt_ray.training import state as states
+from mdt_ray.training import writer as writing
 from mdt_ray.training.watchdog import EXIT_CODE
 from mdt_ray.training.writer import Writer
 from tests.conftest import ROOT
@@ -71,6 +72,12 @@ def test_no_checkpoint_is_written_amid_non_finite_steps(folder, tmp_path, monkey
         report=lambda row: seen.append((row["step"], row["attempt"], checkpoints.list_finished(str(tmp_path))[-1][-2:])))
     assert (seen[31][2] and str(seen[31][0]), seen[31][1]) == ("32", 0)
     assert {newest for step, attempt, newest in seen if attempt == 0 and step > 12} == {"10"}
+
+
+def test_a_checkpoint_due_at_a_skipped_step_comes_after_it(folder, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda step, attempt: step in (9, 10))
+    run(tiny_training(folder, tmp_path, num_steps=15, keep_last=9))
+    assert [checkpoints.step_of(uri) for uri in checkpoints.list_finished(str(tmp_path))] == [0, 12, 15]
 
 
 def test_a_run_that_stays_non_finite_stops(folder, tmp_path, monkeypatch):
@@ -167,8 +174,81 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(folder, tmp_path, monk
         raise OSError(28, "No space left on device", uri)
 
     monkeypatch.setattr(checkpoints, "publish", full)
+    monkeypatch.setattr(writing, "RETRY_SECONDS", ())
+    monkeypatch.setattr(loop, "STOP_CHECK_SECONDS", 0.0)
+    seen = []
     with pytest.raises(OSError, match="No space left"):
+        run(tiny_training(folder, tmp_path, num_steps=5000, checkpoint_every_steps=5000), report=seen.append)
+    assert len(seen) < 4999, "it was noticed before the next checkpoint was due"
+
+
+def test_a_checkpoint_is_written_when_the_store_answers_again(folder, tmp_path, monkeypatch):
+    failures, publish = [OSError("503"), OSError("503")], checkpoints.publish
+
+    def flaky(local, uri):
+        if uri.endswith("10") and failures:
+            raise failures.pop()
+        publish(local, uri)
+
+    monkeypatch.setattr(checkpoints, "publish", flaky)
+    monkeypatch.setattr(writing, "RETRY_SECONDS", (0.01, 0.01))
+    run(tiny_training(folder, tmp_path))
+    assert not failures
+    assert checkpoints.damage(f"{tmp_path}/checkpoints/step-00000010") is None
+
+
+def test_latents_are_read_when_the_store_answers_again(folder, tmp_path, monkeypatch):
+    """A store that does not answer is waited for; it is no reason to call the latents damaged."""
+    failures, reading = [OSError("503")] * 3, latents.pq.ParquetFile
+
+    def flaky(*arguments, **more):
+        if failures:
+            raise failures.pop()
+        return reading(*arguments, **more)
+
+    monkeypatch.setattr(latents.pq, "ParquetFile", flaky)
+    monkeypatch.setattr(latents, "RETRY_SECONDS", (0.01,) * 3)
+    assert run(tiny_training(folder, tmp_path, num_steps=2)).step == 2
+    failures[:] = [OSError("503")] * 99
+    with pytest.raises(OSError, match=r"could not be read \(503\); mend the access"):
+        run(tiny_training(folder, tmp_path, num_steps=4))
+
+
+# Damaged checkpoints
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("what", ["optimizer.pt", "checksums.json", "an empty checksums.json", "a missing file"])
+def test_a_damaged_checkpoint_is_passed_over_and_takes_no_place(folder, tmp_path, what, caplog):
+    config = tiny_training(folder, tmp_path, num_steps=20, keep_last=2)
+    run(config)
+    newest = tmp_path / "checkpoints" / "step-00000020"
+    if what == "a missing file":
+        (newest / "optimizer.pt").unlink()
+    elif what.startswith("an empty"):
+        (newest / "checksums.json").write_text("")
+    else:
+        damage(newest / what)
+    unfinished = tmp_path / "checkpoints" / "step-00000015"
+    unfinished.mkdir()
+    resumed = run(dataclasses.replace(config, num_steps=17, keep_last=1))
+    assert resumed.step == 17
+    assert "step-00000020 is damaged" in caplog.text
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000017"]
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(folder, tmp_path):
+    run(tiny_training(folder, tmp_path, num_steps=5))
+    for path in tmp_path.glob("checkpoints/*/optimizer.pt"):
+        damage(path)
+    with pytest.raises(ValueError, match=r"none of its 2 checkpoints is whole; bring one back, or delete the folder"):
         run(tiny_training(folder, tmp_path))
+    assert len(list(tmp_path.glob("checkpoints/*/optimizer.pt"))) == 2
 
 
 def test_writes_keep_their_order_and_their_errors_come_out():

@@ -199,7 +199,8 @@ def poisoned(batches, steps):
 
 def train(config, state, module, batches) -> list[dict]:
     rows = []
-    loop.train(state, module, batches, config, device=torch.device("cpu"), report=rows.append, save=lambda state: None)
+    loop.train(state, module, batches, config, device=torch.device("cpu"), report=rows.append,
+               save=lambda checkpoint, snapshot: None)
     return rows
 
 
@@ -260,7 +261,6 @@ def test_adan_learns_resumes_and_skips(folder, tmp_path):
     before = copy.deepcopy(state.model.state_dict())
     with pytest.raises(loop.NonFiniteSteps, match="in the last 1 steps, at step 1"):  # no run ends with a skipped step
         train(dataclasses.replace(config, num_steps=1), state, module, poisoned([loader.batch(0)], {0}))
-    assert state.history[-1]["skipped_steps"] == 1
     assert all(torch.equal(before[name], value) for name, value in state.model.state_dict().items())
     assert all(not value.any() for values in state.optimizer.state.values() for value in values.values())
 
