@@ -1,12 +1,13 @@
 """Training batches: latents read by row group in the order of the lanes, with every random number of the step drawn.
 
-A step of training is a pure function of the weights and of one of these batches. Threads make them ahead, others fetch row
-groups ahead of those.
+A step of training is a pure function of the weights and of one of these batches. A thread makes them ahead, others fetch row
+groups ahead of it. (Two that make batches gain speed beyond need, and hold up the training loop where it takes one.)
 
 B images of this rank, C latent channels, h x w latent size, L tokens.
 """
 
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +24,6 @@ from mdt_ray.data.order import NUM_SLOTS, Order, lanes_of, stream_seed
 
 PREFETCH_BATCHES = 4
 """Batches being made, or finished and waiting to be taken."""
-MAKER_THREADS = 2
-"""Batches made side by side. Most of the time goes into random numbers, which are drawn without Python's lock."""
 FETCH_STEPS = 16
 """Steps whose row groups are fetched ahead: at 4,000 images/s and batch 256, a second."""
 FETCH_THREADS = 32
@@ -98,8 +97,9 @@ class Loader:
         self.scale = manifest.vae["scale"]
         self.shift = manifest.vae["shift"]
         self._permutations: dict[int, np.ndarray] = {}
+        self._permuting = threading.Lock()
         self._needed: dict[int, list[int]] = {}
-        self._makers = ThreadPoolExecutor(MAKER_THREADS, "batches")
+        self._maker = ThreadPoolExecutor(1, "batches")
         self._fetchers = ThreadPoolExecutor(FETCH_THREADS, "latents")
 
     def batch(self, step: int, attempt: int = 0) -> Batch:
@@ -111,26 +111,28 @@ class Loader:
         return tuple(self._batch(step, attempt, lanes) for lanes in self.parts)
 
     def batches(self, first_step: int, attempt: int = 0) -> Iterator[tuple[Batch, ...]]:
-        """Endless micro-batches of the steps from `first_step` on, made ahead by threads. Their errors are raised here."""
+        """Endless micro-batches of the steps from `first_step` on, made ahead by threads, whose errors are raised here."""
         ready: deque[Future[tuple[Batch, ...]]] = deque()
         for step in itertools.count(first_step):
             while len(ready) < PREFETCH_BATCHES:
-                ready.append(self._makers.submit(self._make, step + len(ready), attempt))
+                ready.append(self._maker.submit(self._make, step + len(ready), attempt))
             yield ready.popleft().result()
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_) -> None:
-        self._fetchers.shutdown(cancel_futures=True)  # first, so that no maker waits for what will not come
-        self._makers.shutdown(cancel_futures=True)
+        self._fetchers.shutdown(cancel_futures=True)  # first, so that the maker does not wait for what will not come
+        self._maker.shutdown(cancel_futures=True)
 
     def _make(self, step: int, attempt: int) -> tuple[Batch, ...]:
         """The micro-batches of a step, once the row groups of FETCH_STEPS steps from it on are being fetched."""
+        # The order of an epoch takes half a second for a million images, so the next one's is made well before its time.
+        self._fetchers.submit(self._permutation, step * self.config.batch_size // self.order.num_images + 1)
         steps = range(step, step + FETCH_STEPS)
-        needed = {n: groups for n, groups in self._needed.items() if n > step - PREFETCH_BATCHES}
+        needed = {n: groups for n, groups in self._needed.items() if n >= step}
         needed |= {n: self._groups(n) for n in steps if n not in needed}
-        self._needed = needed  # a new dict, since another thread may be looking into the old one
+        self._needed = needed
         self.reader.fetch(dict.fromkeys(itertools.chain.from_iterable(needed[n] for n in steps)), self._fetchers)
         return self.micro_batches(step, attempt)
 
@@ -184,8 +186,11 @@ class Loader:
     def _permutation(self, epoch: int) -> np.ndarray:
         found = self._permutations.get(epoch)
         if found is None:
-            found = self.order.permutation(epoch)
-            num_epochs = 2 + FETCH_STEPS * self.config.batch_size // self.order.num_images  # that are looked at in turn
-            kept = {e: p for e, p in self._permutations.items() if epoch - num_epochs < e < epoch}
-            self._permutations = kept | {epoch: found}  # a new dict, since another thread may be looking into the old one
+            with self._permuting:  # one thread computes it, the others wait
+                found = self._permutations.get(epoch)
+                if found is None:
+                    found = self.order.permutation(epoch)
+                    num_epochs = 3 + FETCH_STEPS * self.config.batch_size // self.order.num_images  # looked at in turn
+                    kept = {e: p for e, p in self._permutations.items() if epoch - num_epochs < e < epoch}
+                    self._permutations = kept | {epoch: found}  # a new dict, since others may be looking into the old one
         return found
