@@ -57,7 +57,7 @@ def pictures(folder) -> str:
     return str(folder / "pictures")
 
 
-@pytest.mark.parametrize("victim", ["MapWorker", "decode_piece", pytest.param("read_chunk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", ["decode_piece", pytest.param("MapWorker", marks=pytest.mark.slow), pytest.param("read_chunk", marks=pytest.mark.slow)])
 def test_precompute_survives_a_killed_process(folder, pictures, environment, victim):
     def command(name: str) -> list[str]:
         return ["precompute", "digits", "--source", pictures, "--output", f"{folder}/{name}", "--chunk-size", "15",
@@ -139,6 +139,7 @@ def test_train_goes_on_after_a_kill(folder, latents, environment, victim):
     assert harness.leftovers(killed) == []
 
 
+@pytest.mark.slow
 def test_evaluate_goes_on_after_a_killed_driver(folder, checkpoint, environment):
     def command(name: str) -> list[str]:
         return ["evaluate", "digits", "--checkpoint", checkpoint, "--output", f"{folder}/{name}", "--num-samples", "200",
@@ -160,6 +161,7 @@ def test_evaluate_goes_on_after_a_killed_driver(folder, checkpoint, environment)
     assert harness.leftovers(killed) == []
 
 
+@pytest.mark.slow
 def test_tune_goes_on_after_a_killed_driver(folder, checkpoint, environment):
     def command(name: str) -> list[str]:
         return ["tune", "digits", "--output", f"{folder}/{name}", "--train.latents", f"{folder}/digits",
