@@ -16,6 +16,7 @@ pytestmark = pytest.mark.ray
 # train
 
 
+@pytest.mark.slow
 def test_workers_agree_whatever_their_number(tmp_path, ray_session):
     """1 worker, and 3 that own 4 of 12 lanes each: same images, same losses to 1e-5 in float32."""
     make_latents(tmp_path / "latents", num_images=130)

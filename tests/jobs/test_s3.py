@@ -62,6 +62,7 @@ def test_from_store_to_store_equals_from_disk_to_disk(store, source, tmp_path, k
         assert store.times("out-folder") == before, "a finished job changes nothing"
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_no_partial_object_counts(store, source, environment):
     command = ["precompute", "--source", store.uri("source/folder"), "--output", store.uri("killed"), *SETTINGS,
                "--chunk-size", "2", "--encode-batch-size", "2"]
