@@ -190,12 +190,12 @@ def _launch(config: TrainConfig, run: dict, token: str, num_workers: int, wish: 
     workers, channel = config.workers, control.open_control()
     # Fewer workers own more lanes each: parts in time keep what a worker holds at once, and change nothing but speed.
     parts = math.ceil(config.accumulation * workers.num_workers / num_workers)
-    config = dataclasses.replace(
+    launched = dataclasses.replace(
         config, accumulation=min(parts, config.num_lanes // num_workers), min_workers=0,
         workers=dataclasses.replace(workers, num_workers=num_workers))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config_io.to_dict(config), "run": run, "control": channel, "token": token},
+        train_loop_config={"config": config_io.to_dict(launched), "run": run, "control": channel, "token": token},
         # The watchdog, which says where a rank hangs, comes first; this is for what it cannot see.
         torch_config=TorchConfig(timeout_s=int(2 * config.hang_timeout_s) or 3600),
         scaling_config=ray.train.ScalingConfig(
