@@ -86,7 +86,7 @@ def test_a_worker_that_hangs_is_noticed_and_all_go_on(folder):
     stacks = list((folder / name / "stacks").glob("*.txt"))
     assert len(stacks) >= 1
     assert "all_reduce" in stacks[0].read_text() or "backward" in stacks[0].read_text()
-    assert "where it hung: " in text
+    assert "where it hung, by rank: " in text
     assert "going on from the newest checkpoint" in text
     assert not psutil.pid_exists(stopped)
     assert [row["step"] for row in rows(folder, name)] == list(range(1, 401))
