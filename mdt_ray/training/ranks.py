@@ -1,7 +1,9 @@
-"""What ranks tell each other beside gradients: small facts between the hosts' CPUs, which never wait for a GPU's queue."""
+"""What ranks tell each other beside gradients: facts between the hosts' CPUs, which never wait for a GPU's queue, and the
+state to begin with."""
 
 import datetime
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +31,14 @@ def from_first(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, src=0, group=_hosts(dist.group.WORLD))
     return holder[0]
+
+
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every rank rank 0's values, in place. Every rank must call it with tensors of the same shapes."""
+    if not _several():
+        return
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0, group=_hosts(dist.group.WORLD) if tensor.device.type == "cpu" else dist.group.WORLD)
 
 
 def _several() -> bool:

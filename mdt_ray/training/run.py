@@ -135,22 +135,24 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
 
 
 def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.device) -> tuple[TrainState, dict]:
-    """The state to begin with: the newest checkpoint's, that of other weights, or a fresh one; and facts for checkpoints."""
+    """The state to begin with: the newest checkpoint's, that of other weights, or a fresh one; and facts for checkpoints,
+    which rank 0 writes."""
     torch.manual_seed(config.seed)  # the weights' initial values; every other draw has a generator of its own
     model = build_model(config.model, config.loss.passes).train().to(device)
     found, started_from = _newest(config.output), None
     if config.init_from and not found:
-        done, started_from = transfer(model, load_any(config.init_from)), origin_of(config.init_from)
         if rank == 0:
+            done, started_from = transfer(model, load_any(config.init_from)), origin_of(config.init_from)
             text = "\n  ".join([f"started from {config.init_from}:", *done.lines()])
             logger.info("%s", text)
             storage.write_bytes(storage.join(config.output, INIT_FROM), f"{text}\n".encode())
+        ranks.share(model.state_dict().values())
     averages = build_averages(model, config.ema)
     state = TrainState(model=model, ema=averages.pop("ema"), more_ema=averages,
                        optimizer=build_optimizer(model, config.optim))
     if found:
         states.restore(state, found)
-        started_from = storage.read_json(storage.join(found, "state.json")).get("started_from")
+        started_from = storage.read_json(storage.join(found, "state.json")).get("started_from") if rank == 0 else None
     facts = checkpoint_facts(config, manifest) | ({"started_from": started_from} if started_from else {})
     return state, facts
 

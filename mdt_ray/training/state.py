@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mdt_ray import checkpoints, storage
 from mdt_ray.checkpoints import CHECKPOINTS
@@ -35,7 +35,7 @@ class TrainState:
     step: int = 0
     attempt: int = 0
     history: list[dict] = field(default_factory=list)
-    """Rows of metrics logged so far, on rank 0."""
+    """Rows of metrics logged so far, on rank 0 only."""
     more_ema: dict[str, MDT | DiT] = field(default_factory=dict)
     """Further averages, by the name of their folder."""
 
@@ -89,15 +89,39 @@ def _to_host(value: object) -> object:
 
 
 def restore(state: TrainState, uri: str) -> None:
-    """Load a checkpoint into `state`, in place."""
+    """Load a checkpoint into `state`, in place. Rank 0 reads it and gives it to the others: they need no store, and a store
+    is not asked for a hundred gigabytes at once. Every rank must call it."""
+    held = _read(state, uri) if ranks.is_first() else None
+    values, optimizer = ranks.from_first(held and (held[0], tree_map(_to_meta, held[1])))
+    optimizer = held[1] if held else tree_map(_empty, optimizer)
+    state.optimizer.load_state_dict(optimizer)
+    state.step, state.attempt = values["step"], values["attempt"]
+    ranks.share(tensors_of(state))
+
+
+def _read(state: TrainState, uri: str) -> tuple[dict, dict]:
+    """Fill the modules and the history; returns state.json's content and the optimiser's state."""
     with tempfile.TemporaryDirectory() as parent:
         folder = storage.fetch_folder(uri, parent)
         for name, module in {"model": state.model, **state.averages}.items():
             module.load_state_dict(type(module).from_pretrained(folder / name, low_cpu_mem_usage=False).state_dict())
-        state.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
-        values = json.loads((folder / "state.json").read_text())
-        state.step, state.attempt = values["step"], values["attempt"]
-        state.history[:] = checkpoints.read_metrics(str(folder / "metrics.parquet")) if ranks.is_first() else []
+        state.history[:] = checkpoints.read_metrics(str(folder / "metrics.parquet"))
+        return (json.loads((folder / "state.json").read_text()),
+                torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+
+
+def tensors_of(state: TrainState) -> list[torch.Tensor]:
+    """Every tensor that training changes, in the same order on every rank."""
+    modules = [tensor for module in (state.model, *state.averages.values()) for tensor in module.state_dict().values()]
+    return modules + [leaf for leaf in tree_leaves(state.optimizer.state_dict()) if isinstance(leaf, torch.Tensor)]
+
+
+def _to_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def _empty(value: object) -> object:
+    return torch.empty_like(value, device="cpu") if isinstance(value, torch.Tensor) else value
 
 
 def prune_checkpoints(output: str, keep_last: int, keep_every_steps: int, spare: Collection[int] = ()) -> None:
