@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdt_ray import checkpoints
 from mdt_ray.config import LossConfig
@@ -98,6 +99,34 @@ def test_a_return_is_the_same_after_a_restart(folder, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
 
 
+class HostSyncs(TorchDispatchMode):
+    """Counts the operations that make the host wait for a device: a value read, or a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
+                               torch.ops.aten.masked_select.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adan"])
+def test_steps_are_skipped_and_counted_without_a_host_sync(folder, tmp_path, monkeypatch, name):
+    """18 steps more, 6 of them skipped, wait for the device as often: when the one row of metrics is due."""
+    poison(monkeypatch, lambda step, attempt: step % 3 == 1)
+    counts = []
+    for num_steps in (12, 30):
+        config = tiny_training(folder, tmp_path / f"{num_steps}", num_steps=num_steps, log_every_steps=100,
+                               checkpoint_every_steps=100)
+        with HostSyncs() as seen:
+            state = run(dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=name)))
+        assert [row["skipped_steps"] for row in state.history] == [num_steps // 3]
+        counts.append(seen.count)
+    assert 0 < counts[0] == counts[1]
+
+
 # Hangs
 
 HANGING = """
@@ -129,6 +158,27 @@ def test_a_hang_leaves_its_stacks_and_ends_the_process(folder, tmp_path, hang):
     assert "in batches" in text
     assert "in run_rank" in text
     assert checkpoints.latest(str(tmp_path)).endswith("10")
+
+
+SLOW_VALIDATION = """
+import sys, time
+from tests.training.test_faults import run, tiny_training
+from mdt_ray.training import validation
+batch = validation.Validation._batch
+def slowly(self, rows):
+    time.sleep(1.5)
+    return batch(self, rows)
+validation.Validation._batch, validation.BATCH_SIZE = slowly, 3
+state = run(tiny_training(sys.argv[1], sys.argv[2], hang_timeout_s=3.0, num_steps=5, validate_every_steps=5))
+assert "val_loss" in state.history[-1]
+"""
+
+
+def test_a_long_validation_is_no_hang(folder, tmp_path):
+    """It takes five times 1.5 s, of 3 s that a hang may take."""
+    done = subprocess.run([sys.executable, "-c", SLOW_VALIDATION, folder, tmp_path], cwd=ROOT, timeout=120,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # A wish to stop
