@@ -37,7 +37,7 @@ class Store:
         return {i.path.removeprefix(f"{BUCKET}/{path}/"): self.fs.open_input_file(i.path).read() for i in infos if i.is_file}
 
     def times(self, path: str) -> dict[str, int]:
-        infos = self.fs.get_file_info(pafs.FileSelector(f"{BUCKET}/{path}", recursive=True))
+        infos = self.fs.get_file_info(pafs.FileSelector(f"{BUCKET}/{path}", recursive=True, allow_not_found=True))
         return {i.path.removeprefix(f"{BUCKET}/{path}/"): i.mtime_ns for i in infos if i.is_file}
 
     def put(self, path: str, data: bytes) -> None:

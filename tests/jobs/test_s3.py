@@ -1,4 +1,4 @@
-"""precompute with an object store as source and as target: a real server over HTTP, real processes, real kills."""
+"""Jobs with an object store as source and as target: a real server over HTTP, real processes, real kills."""
 
 import json
 import subprocess
@@ -12,6 +12,8 @@ from mdt_ray.data import latents
 from mdt_ray.jobs.precompute import precompute
 from tests import harness, s3
 from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
+from tests.helpers import make_latents
+from tests.jobs.test_kills import TRAIN
 
 pytestmark = pytest.mark.ray
 
@@ -84,6 +86,37 @@ def test_a_killed_job_goes_on_and_no_partial_object_counts(store, source, enviro
     again = {name for name, time in store.times("killed").items() if time != before.get(name)}
     finished = {f"chunk-{name.removeprefix('chunks/').removesuffix('.json')}.parquet" for name in entries}
     assert again & finished == {f"chunk-{damaged}.parquet"}, "finished chunks are not encoded again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["driver", "RayTrainWorker"])
+def test_training_killed_amid_an_upload_goes_on_bit_for_bit(store, environment, tmp_path_factory, victim):
+    folder = tmp_path_factory.getbasetemp() / "training"
+    if not folder.exists():
+        make_latents(folder / "latents", num_images=200)
+        store.upload(folder / "latents", "latents")
+        harness.run_here(["train", "--latents", f"{folder}/latents", "--output", f"{folder}/straight", *TRAIN,
+                          "--num-steps", "300", "--checkpoint-every-steps", "5", "--keep-every-steps", "100",
+                          "--workers.num-workers", "2"])
+    name = f"train-{victim}"
+    command = ["train", "--latents", store.uri("latents"), "--output", store.uri(name), *TRAIN, "--num-steps", "300",
+               "--checkpoint-every-steps", "5", "--keep-every-steps", "100", "--workers.num-workers", "2"]
+
+    def amid_an_upload() -> bool:
+        names = [path.split("/") for path in store.times(f"{name}/checkpoints")]
+        finished = {step for step, *_, file in names if file == "checksums.json"}
+        return len(finished) >= 2 and max(step for step, *_ in names) not in finished
+
+    code = harness.run_and_kill(command, environment, when=amid_an_upload, victim=victim)
+    assert code == (-9 if victim == "driver" else 0)
+    harness.run(command, environment)
+    there = store.objects(f"{name}/checkpoints")
+    here = harness.files(folder / "straight" / "checkpoints", "**/*")
+    assert there.keys() == here.keys(), "half-written checkpoints are gone, and the same ones are kept"
+    assert {path.split("/")[0] for path in here} == {f"step-{step:08d}" for step in (0, 100, 200, 295, 300)}
+    for path in (path for path in here if path.endswith((".safetensors", "optimizer.pt"))):
+        assert there[path] == here[path], path
+    assert not [path for path in store.objects(name) if path.startswith("ray/") or path.endswith("lock.json")]
 
 
 def test_an_upload_that_dies_leaves_no_object(store, environment):
