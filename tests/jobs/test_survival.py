@@ -73,6 +73,39 @@ def test_a_signal_ends_in_a_checkpoint_and_the_command_that_goes_on(folder, numb
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("moment", ["starting Ray", "waiting for more nodes"])
+def test_a_signal_before_the_first_step_leaves_nothing_behind(folder, moment):
+    name = f"early-{'-'.join(moment.split())}"
+    process = start(command(folder, name, "--workers.num-workers", "8", "--workers.cpus-per-worker", "99"))
+    said = []
+    while not said or moment not in said[-1]:
+        said.append(process.stdout.readline())
+        assert said[-1], said
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, text
+    assert "stopped before the first checkpoint; this goes on:" in text
+    assert sorted(os.listdir(folder / name)) == ["run.json"]
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait_for_a_worker_that_cannot_write(folder):
+    process = start(command(folder, "impatient", "--num-steps", "100000", "--checkpoint-every-steps", "10"))
+    wait_for(lambda: checkpoints.newest_step(str(folder / "impatient")) >= 20, process)
+    worker = harness.ray_process("RayTrainWorker")
+    os.kill(worker, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=3)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, text
+    assert "mdt-ray train: stopped; the same command goes on" in text
+    assert not psutil.pid_exists(worker)
+    assert "lock.json" not in os.listdir(folder / "impatient")
+
+
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_noticed_and_all_go_on(folder):
     """One of two workers is stopped (SIGSTOP); the other waits for it in the all-reduce, says so, and both are replaced."""
     name = "hang"
