@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
 def launch(rank_of, folder: Path, output: Path, *arguments) -> list[mp.Process]:
     """Start `rank_of(rank, ...)` in a process for each rank."""
     output.mkdir(exist_ok=True)
-    context = mp.start_processes(_rank, (rank_of, folder, output, *arguments), NUM_RANKS, join=False, start_method="spawn")
+    mp.set_forkserver_preload([__name__])  # all ranks share the seconds that imports take
+    context = mp.start_processes(_rank, (rank_of, folder, output, *arguments), NUM_RANKS, join=False,
+                                 start_method="forkserver")
     return context.processes
 
 
