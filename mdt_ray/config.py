@@ -382,6 +382,8 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """Autocast to bf16, or float32 (with TF32 matrix products on a GPU, or without); auto takes bf16 where the hardware has
     it, else fp32."""
+    deterministic: bool = operational(False)
+    """On a GPU too, kernels that give the same bits every time; slower. (On CPUs they always do.)"""
     num_steps: int = operational(400_000)
     """Steps to train to."""
     workers: WorkersConfig = operational(WorkersConfig())

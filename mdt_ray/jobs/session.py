@@ -75,8 +75,10 @@ def _refuse(text: str, remedy: str) -> None:
         raise ValueError(f"{text}; {remedy}")
 
 
-def settle(workers: WorkersConfig) -> str:
+def settle(workers: WorkersConfig, deterministic: bool = False) -> str:
     """In a worker process: as many torch threads as it reserved CPUs; returns the device to work on."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS adds up in any order, and torch refuses
     import torch  # here, because the preflight's tasks load this module and have no second to spare for it
 
     torch.set_num_threads(max(1, int(workers.cpus_per_worker)))

@@ -231,7 +231,7 @@ def _cause(error: ray.train.TrainingFailedError) -> BaseException:
 def _worker(settings: dict[str, Any]) -> None:
     """One DDP rank, inside a Ray Train worker."""
     config = config_io.from_dict(TrainConfig, settings["config"])
-    session.settle(config.workers)
+    session.settle(config.workers, config.deterministic)
     rank, channel = ray.train.get_context().get_world_rank(), settings["control"]
     channel.arrive.remote(rank, ray.get_runtime_context().get_node_id())
     run_rank(config, latents.open_manifest(config.latents), settings["run"], rank=rank,

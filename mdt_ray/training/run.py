@@ -93,6 +93,8 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     dtype = autocast_dtype(config.precision, device)
     # fp32 means fp32, convolutions too: TF32 keeps 10 bits of mantissa.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid of that mode, which costs time
     keep = functools.partial(_keep_stacks, config.output, rank)
     with Watchdog(config.hang_timeout_s, keep) as watchdog, Writer() as writer:
         state, facts = _initial(config, manifest, rank, device)

@@ -85,6 +85,26 @@ def test_tf32_is_a_mode_of_float32_products_and_fp32_is_without(folder, tmp_path
     assert_equal_states(*states)
 
 
+def test_the_deterministic_mode_is_on_where_asked_and_only_there(folder, tmp_path):
+    """On a CPU it changes no bit."""
+    states = []
+    for deterministic in (True, False):
+        states.append(run(tiny_training(folder, tmp_path / str(deterministic), num_steps=3, deterministic=deterministic)))
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert_equal_states(*states)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_gives_the_same_bits_where_asked(folder, tmp_path, monkeypatch, precision):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    states = [run(tiny_training(folder, tmp_path / name, precision=precision, deterministic=True), device="cuda")
+              for name in ("one", "two")]
+    torch.use_deterministic_algorithms(False)
+    assert_equal_states(*states)
+
+
 def test_a_finished_run_does_nothing(folder, tmp_path):
     config = tiny_training(folder, tmp_path, num_steps=10)
     run(config)
