@@ -77,6 +77,7 @@ def test_precompute_survives_a_killed_process(folder, pictures, environment, vic
     assert harness.leftovers(killed) == []
 
 
+@pytest.mark.slow
 def test_precompute_goes_on_after_a_driver_is_killed_again_and_again(folder, pictures, environment):
     killed = folder / "killed-driver"
     command = ["precompute", "digits", "--source", pictures, "--output", str(killed), "--chunk-size", "15",
