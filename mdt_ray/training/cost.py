@@ -161,6 +161,8 @@ class CudaChoices(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             return func(args[0].float(), *args[1:], **kwargs)
+        if func is torch.Tensor.is_cuda.__get__:
+            return True
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         (q, k, v), bias = args, kwargs["attn_mask"]

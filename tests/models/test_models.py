@@ -96,6 +96,30 @@ def test_relative_bias_depends_on_query_minus_key(grid):
     assert index.max() == layers.num_relative_positions(grid) - 1
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_and_its_bias_by_hand(masked):
+    """With the gradients of the table, also where PyTorch's own attention is not taken."""
+    torch.manual_seed(0)
+    attention = layers.Attention(24, num_heads=3, num_relative_positions=layers.num_relative_positions((3, 4))).double()
+    positions = layers.relative_position_index((3, 4))
+    positions = sample_mask(2, 12, 0.4).pairs(positions) if masked else positions
+    x = torch.randn(2, positions.shape[-1], 24, dtype=torch.float64)
+
+    def by_hand() -> torch.Tensor:
+        q, k, v = attention.qkv(x).view(2, -1, 3, 3, 8).unbind(2)  # (B, L, H, d)
+        scores = torch.einsum("bihd,bjhd->bijh", q, k) / 8**0.5 + attention.relative_position_bias_table[positions]
+        return attention.proj(torch.einsum("bijh,bjhd->bihd", scores.softmax(dim=2), v).flatten(2))
+
+    parameters = list(attention.parameters())
+    found, expected = attention(x, positions), by_hand()
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(found, parameters, weights),
+                               torch.autograd.grad(expected, parameters, weights))
+    with torch.no_grad():
+        torch.testing.assert_close(attention(x, positions), expected)
+
+
 # Invariant
 
 
