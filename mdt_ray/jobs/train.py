@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import math
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -84,7 +85,13 @@ def train(config: TrainConfig) -> str:
     if not finished or samples.due(config.output, config.sample_every_steps):
         with run_folder.claim(config.output, run) as token:
             with stop_signals() as wish:
-                session.start()  # (sets handlers of its own)
+                try:
+                    session.start()
+                except SystemExit:  # from Ray's own handler of SIGTERM, which is there from the middle of its start on
+                    wish.signum = signal.SIGTERM
+                except Exception:  # a terminal's Ctrl-C also ends the processes that Ray was starting
+                    if wish.signum is None:
+                        raise
             _heed(config, wish)
             with stop_signals() as wish:
                 preflight.check_nodes(config, manifest)
@@ -150,8 +157,10 @@ def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on
             if failures > MAX_FAILURES:
                 raise
             hung = sorted(set(storage.list_names(storage.join(config.output, STACKS))) - stacks)
-            logger.warning("a training worker was lost (%s)%s; going on from the newest checkpoint", error,
-                           f"; where it hung, by rank: {storage.join(config.output, STACKS)}" if hung else "")
+            logger.warning("a training worker was lost (%s)%s; going on from the checkpoint of step %d",
+                           str(error).strip().partition("\n")[0][:300],
+                           f"; where it hung, by rank: {storage.join(config.output, STACKS)}" if hung else "",
+                           checkpoints.newest_step(config.output))
         step = checkpoints.newest_step(config.output)
         _heed(config, wish)
         if reason is not None:
@@ -162,7 +171,7 @@ def _heed(config: TrainConfig, wish: Wish) -> None:
     """Raise Stopped after a signal."""
     if wish.signum is not None:
         found = checkpoints.list_finished(config.output)
-        raise Stopped(wish.signum, f"stopped; the checkpoint of step {checkpoints.step_of(found[-1])} is written"
+        raise Stopped(wish.signum, f"stopped; the newest checkpoint is that of step {checkpoints.step_of(found[-1])}"
                       if found else "stopped before the first checkpoint")
 
 

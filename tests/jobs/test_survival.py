@@ -37,11 +37,21 @@ def rows(folder, name: str) -> list[dict]:
     return checkpoints.read_metrics(str(folder / name / "metrics.parquet"))
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
+def start(arguments: list[str], own_ray: bool = False) -> subprocess.Popen:
     from mdt_ray.jobs import session
 
-    return subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", *arguments], env=session.environment(), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    environment = session.environment()
+    if own_ray:
+        del environment["RAY_ADDRESS"]
+    return subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", *arguments], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=own_ray)
+
+
+def read_until(part: str, process: subprocess.Popen) -> None:
+    said = []
+    while not said or part not in said[-1]:
+        said.append(process.stdout.readline())
+        assert said[-1], said
 
 
 def wait_for(moment, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -60,7 +70,7 @@ def test_a_signal_ends_in_a_checkpoint_and_the_command_that_goes_on(folder, numb
     process.send_signal(number)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, text
-    step = int(re.search(r"stopped; the checkpoint of step (\d+) is written; this goes on:", text)[1])
+    step = int(re.search(r"stopped; the newest checkpoint is that of step (\d+); this goes on:", text)[1])
     assert f"mdt-ray train --latents {folder}/latents --output {folder}/{name}" in text.splitlines()[-1]
     assert checkpoints.latest(str(folder / name)).endswith(f"{step}")
     assert [row["step"] for row in rows(folder, name)] == list(range(1, step + 1))
@@ -73,19 +83,36 @@ def test_a_signal_ends_in_a_checkpoint_and_the_command_that_goes_on(folder, numb
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["starting Ray", "waiting for more nodes"])
-def test_a_signal_before_the_first_step_leaves_nothing_behind(folder, moment):
-    name = f"early-{'-'.join(moment.split())}"
-    process = start(command(folder, name, "--workers.num-workers", "8", "--workers.cpus-per-worker", "99"))
-    said = []
-    while not said or moment not in said[-1]:
-        said.append(process.stdout.readline())
-        assert said[-1], said
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("seconds", [0, 1, 2, 3])
+def test_a_signal_while_ray_starts_leaves_nothing_behind(folder, seconds, number):
+    """A Ray of the run's own, which sets a handler of its own in the middle of its start. A terminal's Ctrl-C also reaches
+    the processes that it is starting."""
+    name = f"early-{number}-{seconds}"
+    process = start(command(folder, name), own_ray=True)
+    read_until("starting Ray", process)
+    time.sleep(seconds)
+    children = psutil.Process(process.pid).children(recursive=True)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, text
+    assert "stopped before the first checkpoint; this goes on:" in text
+    assert set(os.listdir(folder / name)) <= {"run.json", "tensorboard"}
+    assert psutil.wait_procs(children, timeout=90)[1] == [], "Ray's agents take their time"
+
+
+@pytest.mark.slow
+def test_a_signal_while_there_is_no_room_leaves_nothing_behind(folder):
+    process = start(command(folder, "no-room", "--workers.num-workers", "8", "--workers.cpus-per-worker", "99"))
+    read_until("waiting for more nodes", process)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, text
     assert "stopped before the first checkpoint; this goes on:" in text
-    assert sorted(os.listdir(folder / name)) == ["run.json"]
+    assert set(os.listdir(folder / "no-room")) <= {"run.json", "tensorboard"}
 
 
 @pytest.mark.slow
@@ -120,7 +147,7 @@ def test_a_worker_that_hangs_is_noticed_and_all_go_on(folder):
     assert len(stacks) >= 1
     assert "all_reduce" in stacks[0].read_text() or "backward" in stacks[0].read_text()
     assert "where it hung, by rank: " in text
-    assert "going on from the newest checkpoint" in text
+    assert "going on from the checkpoint of step" in text
     assert not psutil.pid_exists(stopped)
     assert [row["step"] for row in rows(folder, name)] == list(range(1, 401))
 
