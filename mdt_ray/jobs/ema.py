@@ -1,4 +1,4 @@
-"""Job `ema`: the power-function average of any length at any step, from a training run's snapshots. Needs no Ray."""
+"""Job `ema`: the power-function average of any length, at the step of any snapshot of a training run. Needs no Ray."""
 
 import dataclasses
 import logging
@@ -29,7 +29,7 @@ def ema(config: ReconstructConfig) -> str:
     fit = posthoc.fit([s.profile for s in stored], wanted)
     if fit.error > MAX_ERROR:
         logger.warning("the sum of what is stored differs from the wanted average by %.1f%%: more snapshots are needed "
-                       "(--ema.snapshot-every-steps), a step that has one, or a length nearer to those stored (%s)",
+                       "(--ema.snapshot-every-steps), or a length nearer to those stored (%s)",
                        100 * fit.error, ", ".join(f"{std:g}" for std in sorted({s.sigma_rel for s in stored})))
     run = run_folder.describe("ema", config, {"snapshots": _fingerprint(uris)}) | {"trained": _settings(source)}
     if not convert.is_published(output, run):

@@ -65,15 +65,18 @@ def drop_after(output: str, step: int) -> None:
 def list_until(output: str, step: int | None) -> list[str]:
     """URIs of the snapshots of a training output up to a step (None: all), oldest first.
 
-    Raises ValueError if there are none, or `step` is not between the first and the last.
+    Raises ValueError if there are none, or none of `step`: what is stored later has weights that came after it, and what is
+    stored before lacks some.
     """
     found = checkpoints.list_finished(output, SNAPSHOTS)
     if not found:
         raise ValueError(f"source = {output!r}: holds no {SNAPSHOTS}; name a training output, of a run with, say, "
                          "--ema.power-stds 0.05 0.10 --ema.snapshot-every-steps 10000")
-    first, last = checkpoints.step_of(found[0]), checkpoints.step_of(found[-1])
-    if step is not None and not first <= step <= last:
-        raise ValueError(f"step = {step}: must be between the first and the last snapshot, of steps {first} and {last}")
+    steps = [checkpoints.step_of(uri) for uri in found]
+    if step is not None and step not in steps:
+        near = min(steps, key=lambda other: abs(other - step))
+        raise ValueError(f"step = {step}: must have a snapshot; there are {len(steps)} of steps {steps[0]} to {steps[-1]}, "
+                         f"the nearest of step {near}")
     return [uri for uri in found if step is None or checkpoints.step_of(uri) <= step]
 
 

@@ -139,8 +139,8 @@ def test_a_damaged_snapshot_is_named(trained, tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--sigma-rel", 0.1, "--source", "{tmp}"], "holds no ema_snapshots; name a training output, of a run with, say, "
                                                  "--ema.power-stds 0.05 0.10 --ema.snapshot-every-steps"),
-    (["--sigma-rel", 0.1, "--step", 65], "step = 65: must be between the first and the last snapshot, of steps 4 and 64"),
-    (["--sigma-rel", 0.1, "--step", 3], "step = 3: must be between"),
+    (["--sigma-rel", 0.1, "--step", 65], "step = 65: must have a snapshot; there are 16 of steps 4 to 64, the nearest of"),
+    (["--sigma-rel", 0.1, "--step", 3], "step = 3: must have a snapshot"),
     (["--sigma-rel", 0.3], "sigma_rel = 0.3: must be between 0 and 0.2886"),
     (["--sigma-rel", 0], "sigma_rel = 0.0: must be between 0 and 0.2886"),
     (["--sigma-rel", 0.1, "--step", 0], "step = 0: must be positive"),
