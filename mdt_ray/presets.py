@@ -40,10 +40,12 @@ def digits() -> QuickstartConfig:
         ema=EmaConfig(decay=0.998, warmup=True),
         batch_size=96, num_lanes=16, num_steps=2000, log_every_steps=25, checkpoint_every_steps=250, validate_every_steps=50,
         keep_every_steps=500, workers=WorkersConfig(num_workers=2))
-    evaluation = EvaluateConfig(
-        checkpoint=train, output="runs/digits/evaluate", reference=real, num_samples=1000, chunk_size=100,
-        sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=25, cfg_scale=3.0), labels="balanced",
-        workers=WorkersConfig(num_workers=2))
+    drawn = EvaluateConfig(
+        num_samples=1000, chunk_size=100, labels="balanced",
+        sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=25, cfg_scale=3.0))
+    training = dataclasses.replace(training, samples=dataclasses.replace(drawn, keep_images=64))
+    evaluation = dataclasses.replace(drawn, checkpoint=train, output="runs/digits/evaluate", reference=real,
+                                     workers=WorkersConfig(num_workers=2))
     trial = TrainConfig(
         latents=latents, model=training.model, loss=training.loss, ema=EmaConfig(decay=0.99, warmup=True),
         optim=OptimConfig(lr=4e-3, warmup_steps=25, schedule="cosine", schedule_steps=150, clip_norm=1.0),
