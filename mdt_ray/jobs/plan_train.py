@@ -179,7 +179,9 @@ def _latents(config: PlanConfig, manifest: Manifest | None) -> str:
 def _steps(config: PlanConfig, manifest: Manifest | None) -> str:
     images = config.num_steps * config.batch_size
     epochs = images / (manifest.num_train if manifest else config.num_images)
-    return f"{config.num_steps:,} of {config.batch_size:,} images: {epochs:,.1f} epochs"
+    uneven = (f"; {config.num_lanes} lanes do not divide over {config.workers.num_workers} workers: all wait for those with "
+              f"{_lanes(config)}" if config.num_lanes % config.workers.num_workers else "")
+    return f"{config.num_steps:,} of {config.batch_size:,} images: {epochs:,.1f} epochs{uneven}"
 
 
 def _time(config: PlanConfig, cost: Cost) -> str:

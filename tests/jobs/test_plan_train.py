@@ -114,6 +114,9 @@ def test_time_goes_by_the_peak_of_the_precision_and_by_the_fullest_worker():
     assert rate(gpu="a100-80gb") == pytest.approx(base * 312 / 989, rel=0.001)
     # 64 lanes on 33 workers: most have two, as with 32.
     assert rate(gpu="h100", workers__num_workers=33) == rate(gpu="h100", workers__num_workers=32)
+    assert "lanes" not in lines(small(workers__num_workers=32))["steps"]
+    assert lines(small(workers__num_workers=33))["steps"].endswith(
+        "; 64 lanes do not divide over 33 workers: all wait for those with 2")
     assert rate(gpu="h100", accumulation=2) == base
     # Two workers on a GPU share it.
     assert rate(gpu="h100", workers__num_workers=16, workers__gpus_per_worker=0.5) == pytest.approx(base, rel=0.001)
