@@ -115,13 +115,36 @@ class MDT(ModelMixin, ConfigMixin):
             mask: kept tokens of the masked pass; None is the full pass, as at inference.
         Returns: (B, 2C, h, w). Raises ValueError for wrong shapes, and for a mask where there is no masked pass.
         """
-        layers.check_inputs(self, x, t, y)
-        if mask is not None and self.mask_token is None:
-            raise ValueError("mask: this model has no masked pass (masking = 'none'); pass mask=None")
+        self.check_inputs(x, t, y, mask)
         c = layers.condition(self, t, y)  # (B, D)
         patches = self.x_embedder(x) + self.pos_embed  # (B, L, D)
         x = self.encode(patches, c, mask)  # (B, K, D)
         x = self.interpolate(x, c, mask)  # (B, L, D)
+        return self.decode(x, c, patches)
+
+    def both_passes(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, mask: Mask) -> torch.Tensor:
+        """A full and a masked pass of `forward`; what has the same shape in both is done once, on a batch of both.
+
+        Args:
+            x, t, y: as in `forward`, of the full pass and then of the masked one: (2B, C, h, w), (2B,), (2B,).
+            mask: kept tokens of the masked pass, of B samples.
+        Returns: (2B, 2C, h, w). Raises ValueError as `forward`.
+        """
+        self.check_inputs(x, t, y, mask)
+        c = layers.condition(self, t, y)  # (2B, D)
+        patches = self.x_embedder(x) + self.pos_embed  # (2B, L, D)
+        parts = zip(patches.chunk(2), c.chunk(2), (None, mask), strict=True)
+        x = torch.cat([self.interpolate(self.encode(x, c, mask), c, mask) for x, c, mask in parts])  # (2B, L, D)
+        return self.decode(x, c, patches)
+
+    def check_inputs(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, mask: Mask | None) -> None:
+        """Raise ValueError for wrong shapes, and for a mask where there is no masked pass."""
+        layers.check_inputs(self, x, t, y)
+        if mask is not None and self.mask_token is None:
+            raise ValueError("mask: this model has no masked pass (masking = 'none'); pass mask=None")
+
+    def decode(self, x: torch.Tensor, c: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Decoder input (B, L, D) and embedded patches (B, L, D) to noise and variance, (B, 2C, h, w)."""
         for block in self.blocks[self.config.depth - self.config.decode_layer:]:
             x = block(x, c, self.relative_position_index, patches)  # (B, L, D)
         x = self.final_layer(x, c)  # (B, L, p p 2C)

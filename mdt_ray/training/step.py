@@ -39,18 +39,24 @@ class TrainingStep(nn.Module):
     def __init__(self, model: MDT | DiT, loss: LossConfig, autocast_dtype: torch.dtype | None):
         super().__init__()
         self.model, self.loss, self.autocast_dtype = model, loss, autocast_dtype
-        self.full = loss.passes != "masked"
-        self.masked = loss.passes != "full" and isinstance(model, MDT)
+        with_mask = isinstance(model, MDT) and loss.passes != "full"
+        self.passes = ("full",) * (loss.passes != "masked") + ("masked",) * with_mask
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Per-sample losses (B,): full and masked, as far as the passes go, with their mse and vb parts detached."""
-        losses = {}
+        eps = {name: getattr(batch, f"eps_{name}") for name in self.passes}
+        x_t = {name: q_sample(batch.x_0, batch.t, eps[name]) for name in self.passes}  # each (B, C, h, w)
+        y = [getattr(batch, f"y_{name}") for name in self.passes]
+        mask = self.mask(batch) if "masked" in self.passes else None
+        model = self.model.both_passes if len(self.passes) == 2 else self.model
         # One autocast region for both passes: weights are cast once.
         with torch.autocast(batch.x_0.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            if self.full:
-                losses |= self._losses("full", batch, batch.eps_full, batch.y_full, None)
-            if self.masked:
-                losses |= self._losses("masked", batch, batch.eps_masked, batch.y_masked, self.mask(batch))
+            outputs = model(torch.cat([*x_t.values()]), batch.t.repeat(len(y)), torch.cat(y), mask=mask)
+        losses = {}
+        for name, output in zip(self.passes, outputs.chunk(len(self.passes)), strict=True):  # (B, 2C, h, w)
+            where = self._pixels(mask.hidden) if name == "masked" and self.loss.tokens == "masked" else None
+            found = training_losses(output, batch.x_0, x_t[name], eps[name], batch.t, self.loss.min_snr_gamma, where)
+            losses |= {name: found["loss"], f"{name}_mse": found["mse"].detach(), f"{name}_vb": found["vb"].detach()}
         return losses
 
     def mask(self, batch: Batch) -> Mask:
@@ -60,13 +66,6 @@ class TrainingStep(nn.Module):
             return Mask.from_noise(batch.mask_noise, loss.mask_ratio)
         ratio = loss.mask_ratio + loss.mask_ratio_span * batch.mask_ratio_draw
         return Mask.from_noise(batch.mask_noise, ratio, KEPT_MULTIPLE)
-
-    def _losses(self, name: str, batch: Batch, eps: torch.Tensor, y: torch.Tensor, mask: Mask | None) -> dict:
-        x_t = q_sample(batch.x_0, batch.t, eps)  # (B, C, h, w)
-        output = self.model(x_t, batch.t, y, mask=mask)  # (B, 2C, h, w)
-        where = self._pixels(mask.hidden) if mask is not None and self.loss.tokens == "masked" else None
-        losses = training_losses(output, batch.x_0, x_t, eps, batch.t, self.loss.min_snr_gamma, where)
-        return {name: losses["loss"], f"{name}_mse": losses["mse"].detach(), f"{name}_vb": losses["vb"].detach()}
 
     def _pixels(self, hidden: torch.Tensor) -> torch.Tensor:
         """Tokens (B, L) to their latent pixels (B, 1, h, w)."""

@@ -208,6 +208,19 @@ def test_every_parameter_gets_a_gradient(kind):
     assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"long_skips": True}, {"masking": "symmetric"}, {"num_side_blocks": 0},
+                                     {"decode_layer": 0}, {"decode_layer": 4}, {"num_classes": 0}])
+def test_both_passes_at_once_are_the_two_passes(options):
+    model = randomised(MDT(**TINY | options)).double()
+    x, t = torch.randn(6, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 20, 300] * 2)
+    y = torch.tensor([0, 10, 2, 3, 4, 10])
+    mask = sample_mask(3, 16, 0.3)
+    found = model.both_passes(x, t, y, mask)
+    torch.testing.assert_close(found[:3], model(x[:3], t[:3], y[:3]))
+    torch.testing.assert_close(found[3:], model(x[3:], t[3:], y[3:], mask))
+
+
 def test_null_label_exists_only_with_label_dropout():
     assert MDT(**TINY, class_dropout_prob=0.1).y_embedder.embedding_table.num_embeddings == 11
     assert MDT(**TINY, class_dropout_prob=0.0).y_embedder.embedding_table.num_embeddings == 10
