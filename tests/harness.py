@@ -3,6 +3,7 @@
 Runs are command lines in processes of their own on the session's Ray; nothing is mocked.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,11 +61,12 @@ def run_and_kill(arguments: list[str], environment: dict[str, str], when: Callab
 
 
 def ray_process(part: str) -> int | None:
-    """Process id of one of Ray's workers whose title holds `part`, if there is one now."""
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if title.startswith("ray::") and part in title:
-            return process.info["pid"]
+    """Process id of one of the workers of this session's Ray whose title holds `part`, if there is one now."""
+    for process in psutil.Process().children(recursive=True):  # another Ray on this machine is somebody's work
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and part in title:
+                return process.pid
     return None
 
 
