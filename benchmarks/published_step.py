@@ -22,6 +22,17 @@ def gather_tokens(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.gather(x, 1, ids[:, :, None].repeat(1, 1, x.shape[2]))
 
 
+class PatchEmbed(nn.Module):
+    """p x p patches to tokens by a convolution."""
+
+    def __init__(self, in_channels: int, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Explicit attention; `ids` are the kept tokens of a masked pass."""
 
@@ -83,7 +94,7 @@ class PublishedMDT(nn.Module):
         def blocks(number: int) -> nn.ModuleList:
             return nn.ModuleList(Block(width, config.num_heads, config.mlp_ratio, grid) for _ in range(number))
 
-        self.x_embedder = layers.PatchEmbed(config.in_channels, config.patch_size, width)
+        self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width)
         self.t_embedder = layers.TimestepEmbedder(width)
         self.y_embedder = layers.LabelEmbedder(config.num_classes, width, config.class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.empty(1, grid[0] * grid[1], width))

@@ -56,7 +56,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 
 
 class PatchEmbed(nn.Module):
-    """p x p patches to tokens, row-major."""
+    """p x p patches to tokens, row-major; its weight has the shape of a convolution's, as published."""
 
     def __init__(self, in_channels: int, patch_size: int, width: int):
         super().__init__()
@@ -65,7 +65,11 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, L, D)
+        batch, channels, height, width = x.shape
+        p = self.proj.stride[0]
+        x = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, h/p, w/p, C, p, p)
+        # A linear layer, because a convolution's output has its tokens last in memory, and all blocks would inherit that.
+        return F.linear(x.reshape(batch, -1, channels * p * p), self.proj.weight.flatten(1), self.proj.bias)  # (B, L, D)
 
 
 class TimestepEmbedder(nn.Module):
