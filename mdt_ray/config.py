@@ -382,6 +382,8 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """Autocast to bf16, or float32 (with TF32 matrix products on a GPU, or without); auto takes bf16 where the hardware has
     it, else fp32."""
+    compile: bool = operational(False)
+    """Compile the blocks (torch.compile): some minutes at the start, faster steps, sums in another order."""
     deterministic: bool = operational(False)
     """On a GPU too, kernels that give the same bits every time; slower. (On CPUs they always do.)"""
     num_steps: int = operational(400_000)

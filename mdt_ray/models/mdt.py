@@ -165,7 +165,7 @@ class MDT(ModelMixin, ConfigMixin):
                 continue
             x = block(x, c, positions)  # (B, K, D)
             if self.config.long_skips:
-                skips.append(x)
+                skips.append(x.view_as(x))  # else the innermost is its block's other input itself: one more case to compile
         return x
 
     def interpolate(self, x: torch.Tensor, c: torch.Tensor, mask: Mask | None) -> torch.Tensor:

@@ -17,6 +17,7 @@ from mdt_ray.inference.convert import load_any, origin_of
 from mdt_ray.models.transfer import transfer
 from mdt_ray.training import loop, ranks, samples, snapshots
 from mdt_ray.training import state as states
+from mdt_ray.training.compiling import compile_blocks
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.state import TrainState
@@ -98,6 +99,8 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     keep = functools.partial(_keep_stacks, config.output, rank)
     with Watchdog(config.hang_timeout_s, keep) as watchdog, Writer() as writer:
         state, facts = _initial(config, manifest, rank, device)
+        if config.compile:
+            compile_blocks(state.model)
         module = TrainingStep(state.model, config.loss, dtype)
         module = DistributedDataParallel(module) if world_size > 1 else module
         validate = _validation(config, manifest, rank, world_size, device, dtype, watchdog.beat)
