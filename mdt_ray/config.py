@@ -382,6 +382,8 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     """Autocast to bf16, or float32 (with TF32 matrix products on a GPU, or without); auto takes bf16 where the hardware has
     it, else fp32."""
+    gradient_checkpointing: bool = operational(False)
+    """Keep a block's inputs only and compute the rest again in the backward pass: less memory, the same bits, slower."""
     compile: bool = operational(False)
     """Compile the blocks (torch.compile): some minutes at the start, faster steps, sums in another order."""
     deterministic: bool = operational(False)

@@ -91,6 +91,10 @@ def _remedies(config: PlanConfig, cost: Cost) -> list[str]:
         enough = next((c for c in changed if _needed(c, cost) <= have), None)
         if enough:
             remedies.append(f"{flag} {config_io.flatten(config_io.to_dict(enough))[name]}")
+    if not config.gradient_checkpointing:
+        less = dataclasses.replace(config, gradient_checkpointing=True)
+        if _needed(less, _cost(less)) <= have:
+            remedies.append("--gradient-checkpointing")
     if _precision(config) != "bf16":
         half = dataclasses.replace(config, precision="bf16")
         if _needed(half, _cost(half)) <= have:

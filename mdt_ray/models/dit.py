@@ -18,6 +18,7 @@ class DiT(ModelMixin, ConfigMixin):
 
     _no_split_modules: ClassVar = ["Block"]
     _repeated_blocks: ClassVar = ["Block"]
+    _supports_gradient_checkpointing: ClassVar = True
 
     @register_to_config
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
@@ -25,6 +26,7 @@ class DiT(ModelMixin, ConfigMixin):
                  num_classes: int = 1000, class_dropout_prob: float = 0.1):
         super().__init__()
         self.grid = layers.token_grid(input_size, patch_size)
+        self.gradient_checkpointing = False
         self.x_embedder = layers.PatchEmbed(in_channels, patch_size, hidden_size)
         self.t_embedder = layers.TimestepEmbedder(hidden_size)
         self.y_embedder = layers.LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
@@ -52,6 +54,6 @@ class DiT(ModelMixin, ConfigMixin):
         c = layers.condition(self, t, y)  # (B, D)
         x = self.x_embedder(x) + self.pos_embed  # (B, L, D)
         for block in self.blocks:
-            x = block(x, c)  # (B, L, D)
+            x = layers.call(self, block, x, c)  # (B, L, D)
         x = self.final_layer(x, c)  # (B, L, p p 2C)
         return layers.unpatchify(x, self.grid, self.config.patch_size)

@@ -176,6 +176,14 @@ class Block(nn.Module):
         nn.init.zeros_(self.adaLN_modulation[1].bias)
 
 
+def call(model: nn.Module, block: Block, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """The block of a model; with gradient checkpointing on (diffusers' `enable_gradient_checkpointing`), only its inputs are
+    kept, and the backward pass computes the rest again."""
+    if model.gradient_checkpointing and torch.is_grad_enabled():
+        return model._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
+
+
 class FinalLayer(nn.Module):
     """Tokens to pixels of noise and variance; starts at zero."""
 

@@ -49,6 +49,7 @@ class MDT(ModelMixin, ConfigMixin):
 
     _no_split_modules: ClassVar = ["Block"]
     _repeated_blocks: ClassVar = ["Block"]
+    _supports_gradient_checkpointing: ClassVar = True
 
     @register_to_config
     def __init__(self, input_size: int | tuple[int, int] = 32, patch_size: int = 2, in_channels: int = 4,
@@ -59,6 +60,7 @@ class MDT(ModelMixin, ConfigMixin):
                  relative_position_bias: bool = True):
         super().__init__()
         self.grid = layers.token_grid(input_size, patch_size)
+        self.gradient_checkpointing = False
         num_encoder = depth - decode_layer
         if not 0 <= decode_layer <= depth:
             raise ValueError(f"decode_layer = {decode_layer}: must be between 0 and depth = {depth}")
@@ -146,7 +148,7 @@ class MDT(ModelMixin, ConfigMixin):
     def decode(self, x: torch.Tensor, c: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Decoder input (B, L, D) and embedded patches (B, L, D) to noise and variance, (B, 2C, h, w)."""
         for block in self.blocks[self.config.depth - self.config.decode_layer:]:
-            x = block(x, c, self.relative_position_index, patches)  # (B, L, D)
+            x = layers.call(self, block, x, c, self.relative_position_index, patches)  # (B, L, D)
         x = self.final_layer(x, c)  # (B, L, p p 2C)
         return layers.unpatchify(x, self.grid, self.config.patch_size)
 
@@ -161,9 +163,9 @@ class MDT(ModelMixin, ConfigMixin):
         skips = []
         for block in self.blocks[:self.config.depth - self.config.decode_layer]:
             if block.skip_linear is not None:
-                x = block(x, c, positions, skips.pop())  # (B, K, D)
+                x = layers.call(self, block, x, c, positions, skips.pop())  # (B, K, D)
                 continue
-            x = block(x, c, positions)  # (B, K, D)
+            x = layers.call(self, block, x, c, positions)  # (B, K, D)
             if self.config.long_skips:
                 skips.append(x.view_as(x))  # else the innermost is its block's other input itself: one more case to compile
         return x
@@ -182,5 +184,5 @@ class MDT(ModelMixin, ConfigMixin):
             return x
         predicted = x
         for block in self.sideblocks:
-            predicted = block(predicted, c, self.relative_position_index)  # (B, L, D)
+            predicted = layers.call(self, block, predicted, c, self.relative_position_index)  # (B, L, D)
         return torch.where(mask.hidden[:, :, None], predicted, x) if self.config.masked_shortcut else predicted

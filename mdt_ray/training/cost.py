@@ -23,7 +23,7 @@ from mdt_ray.diffusion.loss import schedule
 from mdt_ray.models import MDT, DiT
 from mdt_ray.training.ema import updates
 from mdt_ray.training.optim import build_optimizer
-from mdt_ray.training.step import TrainingStep, build_model
+from mdt_ray.training.step import TrainingStep, build_model, keep_inputs_only
 
 FEW, MORE = 2, 4
 """Images of the two batches that show what activations take an image, and what once. (Of one image, torch keeps copies that
@@ -83,6 +83,8 @@ def count(config: TrainConfig, dtype: torch.dtype | None, on_gpu: bool) -> Cost:
         bare, model = build_model(config.model, "full"), build_model(config.model, config.loss.passes)
     with shapes_only():
         bare, model = bare.to_empty(device="cpu"), model.to_empty(device="cpu").train()
+        if config.gradient_checkpointing:
+            keep_inputs_only(model)
         one = example_batch(config.model, 1, mask_ratio_draw=0.5)
         # The fused kernels of the CPU are unknown to the counter, those of CUDA do part of the work twice.
         with sdpa_kernel(SDPBackend.MATH):
@@ -129,18 +131,43 @@ def example_batch(model: ModelConfig, num_images: int, mask_ratio_draw: float) -
 
 
 def saved_bytes(step: TrainingStep, batch: Batch) -> int:
-    """Bytes that the passes over a batch keep for the backward pass, every storage once; without weights and buffers."""
+    """Bytes that the passes over a batch keep for the backward pass, every storage once; without weights and buffers.
+
+    With gradient checkpointing: the inputs of all blocks, and what the block keeps that is being computed again.
+    """
     held = {_storage(tensor) for tensor in (*step.parameters(), *step.buffers())}
-    saved = {}
+    saved, largest = {}, 0
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if _storage(tensor) not in held:
-            saved[_storage(tensor)] = tensor.untyped_storage()  # held, so that no other gets its address
-        return tensor.detach()
+    def add(tensor: torch.Tensor, kept: dict) -> None:
+        if _storage(tensor) not in held | saved.keys():
+            kept[_storage(tensor)] = tensor.untyped_storage()  # held, so that no other gets its address
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def watched(kept: dict) -> torch.autograd.graph.saved_tensors_hooks:
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            add(tensor, kept)
+            return tensor.detach()
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+
+    def keep(block: torch.nn.Module, *inputs: torch.Tensor | None) -> torch.Tensor:
+        nonlocal largest
+        for tensor in inputs:
+            if tensor is not None:
+                add(tensor, saved)
+        once = {}
+        with watched(once):
+            block(*inputs)
+        largest = max(largest, sum(storage.nbytes() for storage in once.values()))
+        return again(block, *inputs)
+
+    again = step.model._gradient_checkpointing_func if step.model.gradient_checkpointing else None
+    if again:
+        step.model.enable_gradient_checkpointing(keep)
+    with watched(saved):
         step(batch)
-    return sum(storage.nbytes() for storage in saved.values())
+    if again:
+        step.model.enable_gradient_checkpointing(again)
+    return largest + sum(storage.nbytes() for storage in saved.values())
 
 
 class CudaChoices(TorchFunctionMode):

@@ -21,7 +21,7 @@ from mdt_ray.training.compiling import compile_blocks
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.state import TrainState
-from mdt_ray.training.step import TrainingStep, build_model
+from mdt_ray.training.step import TrainingStep, build_model, keep_inputs_only
 from mdt_ray.training.validation import Validation
 from mdt_ray.training.watchdog import Watchdog
 from mdt_ray.training.writer import Writer
@@ -99,6 +99,8 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     keep = functools.partial(_keep_stacks, config.output, rank)
     with Watchdog(config.hang_timeout_s, keep) as watchdog, Writer() as writer:
         state, facts = _initial(config, manifest, rank, device)
+        if config.gradient_checkpointing:
+            keep_inputs_only(state.model)
         if config.compile:
             compile_blocks(state.model)
         module = TrainingStep(state.model, config.loss, dtype)

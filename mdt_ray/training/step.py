@@ -3,8 +3,11 @@
 B images of this rank, L tokens, C latent channels, h x w latent size, p patch size.
 """
 
+import functools
+
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mdt_ray import config_io
 from mdt_ray.config import LossConfig, ModelConfig
@@ -30,6 +33,11 @@ def build_model(config: ModelConfig, passes: str = "full+masked") -> MDT | DiT:
     if passes == "full":
         arguments["masking"] = "none"
     return MDT(**arguments, long_skips=kind == "mdt_v2")
+
+
+def keep_inputs_only(model: MDT | DiT) -> None:
+    """Turn gradient checkpointing on. (No block draws random numbers, so their state is not kept.)"""
+    model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
 
 
 class TrainingStep(nn.Module):

@@ -1,5 +1,6 @@
 """The cost of training against the paper's numbers, and against what real tensors take."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -13,7 +14,7 @@ from mdt_ray.training import cost, snapshots, state
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.state import TrainState
-from mdt_ray.training.step import TrainingStep, build_model
+from mdt_ray.training.step import TrainingStep, build_model, keep_inputs_only
 
 LATENT = {"model.input_size": 32, "model.in_channels": 4}
 TINY = ModelConfig(input_size=8, in_channels=4, num_classes=10, hidden_size=64, depth=4, num_heads=4)
@@ -70,6 +71,23 @@ def test_activations_are_those_of_real_tensors(kind, dtype):
         real = cost.saved_bytes(step, cost.example_batch(config.model, num_images, 0.0))
         assert found.activations(num_images) == pytest.approx(real, rel=0.002)
     assert found.fixed_activation_bytes > 0 if dtype else found.fixed_activation_bytes < 0.01 * real
+
+
+@pytest.mark.parametrize("kind", ["mdt_v1", "mdt_v2", "dit"])
+def test_gradient_checkpointing_keeps_inputs_and_does_the_forward_pass_twice(kind):
+    config = tiny(kind)
+    without = cost.count(config, None, on_gpu=False)
+    found = cost.count(dataclasses.replace(config, gradient_checkpointing=True), None, on_gpu=False)
+    tokens = 16 * config.model.hidden_size * 4
+    blocks = config.model.depth * (1 if kind == "dit" else 2)
+    inputs, one_block = 0.69 * blocks * tokens, without.activation_bytes / blocks  # (of the masked pass, 11 of 16 tokens)
+    assert inputs + one_block < found.activation_bytes < without.activation_bytes / 2
+    assert found.training_flops == pytest.approx(without.training_flops * 4 / 3, rel=0.05)
+    assert found.inference_flops == without.inference_flops
+    step = real_step(config, None)
+    keep_inputs_only(step.model)
+    real = cost.saved_bytes(step, cost.example_batch(config.model, 9, 0.0))
+    assert found.activations(9) == pytest.approx(real, rel=0.002)
 
 
 @pytest.mark.parametrize("kind", ["mdt_v1", "mdt_v2", "dit"])

@@ -94,6 +94,14 @@ def test_the_deterministic_mode_is_on_where_asked_and_only_there(folder, tmp_pat
     assert_equal_states(*states)
 
 
+@pytest.mark.parametrize("kind", ["mdt_v1", "mdt_v2", "dit"])
+def test_gradient_checkpointing_changes_no_bit(folder, tmp_path, kind):
+    depth, decode_layer = (6, 2) if kind == "mdt_v2" else (3, 1)
+    model = ModelConfig(kind=kind, patch_size=1, hidden_size=32, depth=depth, num_heads=2, decode_layer=decode_layer)
+    assert_equal_states(*(run(tiny_training(folder, tmp_path / str(again), num_steps=5, model=model,
+                                            gradient_checkpointing=again)) for again in (True, False)))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
