@@ -57,8 +57,8 @@ def pictures(folder) -> str:
     return str(folder / "pictures")
 
 
-@pytest.mark.parametrize("victim", ["decode_piece", *(pytest.param(name, marks=pytest.mark.slow)
-                                                      for name in ("MapWorker", "read_chunk"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["decode_piece", "MapWorker", "read_chunk"])
 def test_precompute_survives_a_killed_process(folder, pictures, environment, victim):
     def command(name: str) -> list[str]:
         return ["precompute", "digits", "--source", pictures, "--output", f"{folder}/{name}", "--chunk-size", "15",
