@@ -30,8 +30,11 @@ def digits() -> QuickstartConfig:
     precompute = PrecomputeConfig(
         source=real, output=latents, vae=VaeConfig(path="digits"), image_size=32, chunk_size=256, rows_per_group=64,
         validation_share=0.05, workers=WorkersConfig(num_workers=2))
+    drawn = EvaluateConfig(
+        num_samples=1000, chunk_size=100, labels="balanced",
+        sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=25, cfg_scale=3.0))
     training = TrainConfig(
-        latents=latents, output=train,
+        latents=latents, output=train, samples=dataclasses.replace(drawn, keep_images=64),
         # 16 tokens of a 4x4x4 latent; 1.2M parameters.
         model=ModelConfig(input_size=4, in_channels=4, num_classes=10, patch_size=1, hidden_size=96, depth=6, num_heads=4),
         loss=LossConfig(mask_ratio=0.3),  # paper Table 3
@@ -40,10 +43,6 @@ def digits() -> QuickstartConfig:
         ema=EmaConfig(decay=0.998, warmup=True),
         batch_size=96, num_lanes=16, num_steps=2000, log_every_steps=25, checkpoint_every_steps=250, validate_every_steps=50,
         keep_every_steps=500, workers=WorkersConfig(num_workers=2))
-    drawn = EvaluateConfig(
-        num_samples=1000, chunk_size=100, labels="balanced",
-        sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=25, cfg_scale=3.0))
-    training = dataclasses.replace(training, samples=dataclasses.replace(drawn, keep_images=64))
     evaluation = dataclasses.replace(drawn, checkpoint=train, output="runs/digits/evaluate", reference=real,
                                      workers=WorkersConfig(num_workers=2))
     trial = TrainConfig(

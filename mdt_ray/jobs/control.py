@@ -98,16 +98,17 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
     thread = threading.Thread(target=run, daemon=True, name="fit")
     thread.start()
     growth = _Growth(config, num_workers)
-    reason, told = None, False
+    reason = None
     while thread.is_alive():
         thread.join(POLL_SECONDS)
         try:
             _hand_over(control, on_row)
             meanwhile()
-            reason = reason or _reason(control, wish, growth)
-            if reason == STOPPED and not told:
-                told = True
-                logger.warning("stopping once the step is done and its checkpoint written; a second signal does not wait")
+            if reason is None:
+                reason = _reason(control, wish, growth)
+                if reason == STOPPED:
+                    logger.warning("stopping once the step is done and its checkpoint written; a second signal does not "
+                                   "wait")
         except Exception as error:
             logger.warning("while watching the workers: %s: %s", type(error).__name__, error)
         if reason is not None:

@@ -153,14 +153,14 @@ def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on
         except FINAL:
             raise
         except Exception as error:
-            failures = 1 if checkpoints.newest_step(config.output) > step else failures + 1
+            newest = checkpoints.newest_step(config.output)
+            failures = 1 if newest > step else failures + 1
             if failures > MAX_FAILURES:
                 raise
             hung = sorted(set(storage.list_names(storage.join(config.output, STACKS))) - stacks)
             logger.warning("a training worker was lost (%s)%s; going on from the checkpoint of step %d",
                            str(error).strip().partition("\n")[0][:300],
-                           f"; where it hung, by rank: {storage.join(config.output, STACKS)}" if hung else "",
-                           checkpoints.newest_step(config.output))
+                           f"; where it hung, by rank: {storage.join(config.output, STACKS)}" if hung else "", newest)
         step = checkpoints.newest_step(config.output)
         _heed(config, wish)
         if reason is not None:

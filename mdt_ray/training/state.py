@@ -96,7 +96,7 @@ def restore(state: TrainState, uri: str) -> None:
     optimizer = held[1] if held else tree_map(_empty, optimizer)
     state.optimizer.load_state_dict(optimizer)
     state.step, state.attempt = values["step"], values["attempt"]
-    ranks.share(tensors_of(state))
+    ranks.share(_tensors_of(state))
 
 
 def _read(state: TrainState, uri: str) -> tuple[dict, dict]:
@@ -110,7 +110,7 @@ def _read(state: TrainState, uri: str) -> tuple[dict, dict]:
                 torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
 
 
-def tensors_of(state: TrainState) -> list[torch.Tensor]:
+def _tensors_of(state: TrainState) -> list[torch.Tensor]:
     """Every tensor that training changes, in the same order on every rank."""
     modules = [tensor for module in (state.model, *state.averages.values()) for tensor in module.state_dict().values()]
     return modules + [leaf for leaf in tree_leaves(state.optimizer.state_dict()) if isinstance(leaf, torch.Tensor)]
