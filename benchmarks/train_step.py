@@ -1,7 +1,7 @@
 """Speed of a training step of MDT: ours (the real loop, without Ray) against the published way in eager fp32.
 
     python benchmarks/train_step.py [--quick]
-    python benchmarks/train_step.py --device cuda --size xl --batch-size 128 256
+    python benchmarks/train_step.py --device cuda --size xl --batch-size 256
 
 All in one process, in turns, medians. All start from the same weights, and the losses of the first batch must agree. The
 batch lies ready in memory (benchmarks/loader.py measures reading).
@@ -12,11 +12,10 @@ import dataclasses
 import itertools
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from forward import medians
 from published_step import PublishedStep
 
 from mdt_ray.config import TrainConfig
@@ -70,20 +69,6 @@ class Ours:
         return (losses["full"] + losses["masked"]).mean().item()
 
 
-def medians(functions: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds of each function, called in turn; the first two rounds warm up."""
-    times = {name: [] for name in functions}
-    for number in range(rounds + 2):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
-        print(f"round {number}: " + "  ".join(f"{name} {values[-1]:.3f}" for name, values in times.items()), flush=True)
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, about a minute on 2 cores")
@@ -115,7 +100,8 @@ def main() -> None:
             loss = dataclasses.replace(base.loss, passes=passes)
             one = Ours(dataclasses.replace(base, precision=precision, loss=loss), initial, device)
             functions[f"{precision} {passes}"] = lambda one=one: one.run(batch, 1)
-    seconds = medians(functions, 3 if arguments.quick else 15, device)
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = medians(functions, 3 if arguments.quick else 15, synchronise)
     figures = {}
     for precision in ("fp32", "bf16"):
         figures[f"speedup_{precision}_vs_eager_fp32"] = seconds["published"] / seconds[precision]
