@@ -22,6 +22,7 @@ from mdt_ray.config import TrainConfig
 from mdt_ray.data.loader import Batch
 from mdt_ray.presets import preset
 from mdt_ray.training import loop
+from mdt_ray.training.compiling import compile_blocks
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.run import autocast_dtype
@@ -52,6 +53,8 @@ class Ours:
         self.config, self.device = config, device
         model = build_model(config.model, config.loss.passes).to(device)
         model.load_state_dict(initial, strict=False)  # (without a masked pass there are no parts for it)
+        if config.compile:
+            compile_blocks(model)
         averages = build_averages(model, config.ema)
         self.state = TrainState(model=model, ema=averages.pop("ema"), more_ema=averages,
                                 optimizer=build_optimizer(model, config.optim))
@@ -92,10 +95,11 @@ def main() -> None:
     expected = baseline.losses(batch).mean().item()
     functions: dict[str, Callable] = {"published": lambda: baseline(batch)}
     for precision in ("fp32", "bf16"):
-        ours = Ours(dataclasses.replace(base, precision=precision), initial, device)
-        found = ours.loss(batch)
-        assert abs(found - expected) < AGREEMENT[precision] * expected, (precision, found, expected)
-        functions[precision] = lambda ours=ours: ours.run(batch, 1)
+        for name, compiled in ((precision, True), (f"{precision} eager", False)):
+            ours = Ours(dataclasses.replace(base, precision=precision, compile=compiled), initial, device)
+            found = ours.loss(batch)
+            assert abs(found - expected) < AGREEMENT[precision] * expected, (name, found, expected)
+            functions[name] = lambda ours=ours: ours.run(batch, 1)
         for passes in ("full", "masked"):
             loss = dataclasses.replace(base.loss, passes=passes)
             one = Ours(dataclasses.replace(base, precision=precision, loss=loss), initial, device)
@@ -105,6 +109,7 @@ def main() -> None:
     figures = {}
     for precision in ("fp32", "bf16"):
         figures[f"speedup_{precision}_vs_eager_fp32"] = seconds["published"] / seconds[precision]
+        figures[f"speedup_{precision}_without_compile"] = seconds["published"] / seconds[f"{precision} eager"]
         full, masked = seconds[f"{precision} full"], seconds[f"{precision} masked"]
         figures["masked_pass_share" + ("" if precision == "fp32" else "_bf16")] = masked / (full + masked)
     print("\n".join(f"{name:<12} {value * 1e3:8.0f} ms  {arguments.batch_size / value:8.2f} images/s"
