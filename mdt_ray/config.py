@@ -216,10 +216,10 @@ class LossConfig:
 class OptimConfig:
     """The optimiser and its learning rate."""
 
-    name: Literal["adamw", "adan"] = "adamw"
-    """AdamW (the paper), or Adan (MDTv2)."""
+    name: Literal["adamw", "adan", "muon"] = "adamw"
+    """AdamW (the paper), Adan (MDTv2), or Muon for the matrices of the blocks and AdamW for the rest."""
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate, also of Muon: its updates have the size of AdamW's."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     warmup_steps: int = 0

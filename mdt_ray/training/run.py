@@ -156,7 +156,7 @@ def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.d
         ranks.share(model.state_dict().values())
     averages = build_averages(model, config.ema)
     state = TrainState(model=model, ema=averages.pop("ema"), more_ema=averages,
-                       optimizer=build_optimizer(model, config.optim))
+                       optimizer=build_optimizer(model, config.optim, config.compile))
     if found:
         states.restore(state, found)
         started_from = storage.read_json(storage.join(found, "state.json")).get("started_from") if rank == 0 else None

@@ -112,7 +112,7 @@ class HostSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adan"])
+@pytest.mark.parametrize("name", ["adamw", "adan", "muon"])
 def test_steps_are_skipped_and_counted_without_a_host_sync(folder, tmp_path, monkeypatch, name):
     """18 steps more, 6 of them skipped, wait for the device as often: when the one row of metrics is due."""
     poison(monkeypatch, lambda step, attempt: step % 3 == 1)

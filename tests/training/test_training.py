@@ -15,7 +15,7 @@ from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.models import MDT, DiT
 from mdt_ray.training import loop
 from mdt_ray.training.meters import MACHINE_COLUMNS
-from mdt_ray.training.optim import Adan, build_optimizer, clip_gradients, learning_rate
+from mdt_ray.training.optim import build_optimizer, clip_gradients, learning_rate
 from mdt_ray.training.run import resolve_model, run_rank
 from mdt_ray.training.state import TrainState
 from mdt_ray.training.step import TrainingStep, build_model
@@ -261,36 +261,6 @@ def test_learning_rate_by_hand():
     falling = OptimConfig(lr=1.0, warmup_steps=10, schedule="inverse_sqrt", schedule_steps=100)
     found = [learning_rate(step, falling) for step in (4, 9, 50, 100, 400, 10_000)]
     assert found == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.1])
-
-
-def test_adan_by_hand():
-    """Two steps of arXiv 2208.06677 Algorithm 1 on one number, with gradients 1 and 3."""
-    p = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer = Adan([p], lr=0.1, betas=(0.9, 0.8, 0.7), eps=0.0, weight_decay=0.5)
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    first = (2.0 - 0.1 * 1.0) / 1.05  # g / |g| is 1, and there is no difference yet
-    assert p.item() == pytest.approx(first)
-    p.grad = torch.full_like(p, 3.0)
-    optimizer.step()
-    m = (0.9 * 0.1 * 1 + 0.1 * 3) / (1 - 0.9**2)
-    v = 0.2 * 2 / (1 - 0.8**2)
-    n = (0.7 * 0.3 * 1 + 0.3 * (3 + 0.8 * 2) ** 2) / (1 - 0.7**2)
-    assert p.item() == pytest.approx((first - 0.1 * (m + 0.8 * v) / n**0.5) / 1.05)
-
-
-def test_adan_learns_resumes_and_skips(folder, tmp_path):
-    optim = OptimConfig(name="adan", lr=2e-3, clip_norm=1.0)
-    straight = run(tiny_training(folder, tmp_path / "straight", optim=optim))
-    run(tiny_training(folder, tmp_path / "resumed", num_steps=10, optim=optim))
-    assert_equal_states(straight, run(tiny_training(folder, tmp_path / "resumed", optim=optim)))
-    assert straight.history[-1]["loss"] < 0.9 * straight.history[0]["loss"]
-    config, state, module, loader = prepared(folder, tmp_path / "skip", num_steps=2, optim=optim)
-    before = copy.deepcopy(state.model.state_dict())
-    with pytest.raises(loop.NonFiniteSteps, match="in the last 1 steps, at step 1"):  # no run ends with a skipped step
-        train(dataclasses.replace(config, num_steps=1), state, module, poisoned([loader.batch(0)], {0}))
-    assert all(torch.equal(before[name], value) for name, value in state.model.state_dict().items())
-    assert all(not value.any() for values in state.optimizer.state.values() for value in values.values())
 
 
 def test_clipping_scales_to_the_norm():
