@@ -20,6 +20,8 @@ def init_linear(module: nn.Module) -> None:
 
 Grid = tuple[int, int]
 """Rows and columns of tokens."""
+KEY_MULTIPLE = 8
+"""Numbers between the rows of a bias that the kernels of GPUs read; PyTorch copies any other one in every block."""
 
 
 def sincos_positions(width: int, grid: Grid) -> torch.Tensor:
@@ -113,11 +115,13 @@ class Attention(nn.Module):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, L, D); positions: rows of the bias table, (L, L) or (B, L, L)."""
+        """x (B, L, D); positions: rows of the bias table, (L, L) or (B, L, L), or with more columns, which are not used."""
         batch, length, width = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, d)
-        bias = self.bias(positions).to(q.dtype) if self.relative_position_bias_table is not None else None
+        bias = None
+        if self.relative_position_bias_table is not None:
+            bias = self.bias(positions).to(q.dtype)[..., :length]
         out = attend(q, k, v, bias)  # (B, H, L, d)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))  # (B, L, D)
 
@@ -136,6 +140,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     # No fused kernel of the CPU gives a bias its gradient, and what PyTorch then falls back to works in float32 throughout.
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias  # (B, H, L, L)
     return scores.softmax(dim=-1) @ v
+
+
+def aligned(positions: torch.Tensor) -> torch.Tensor:
+    """Rows of the bias table (..., L, L), on GPUs with columns added up to a multiple of KEY_MULTIPLE."""
+    padding = -positions.shape[-1] % KEY_MULTIPLE
+    return F.pad(positions, (0, padding)) if padding and positions.is_cuda else positions
 
 
 class Mlp(nn.Module):

@@ -145,21 +145,26 @@ class MDT(ModelMixin, ConfigMixin):
         if mask is not None and self.mask_token is None:
             raise ValueError("mask: this model has no masked pass (masking = 'none'); pass mask=None")
 
+    def positions(self, mask: Mask | None = None) -> torch.Tensor | None:
+        """Rows of the bias table of all pairs of tokens, (L, L), or of kept ones, (B, K, K); None where there is no bias."""
+        index = self.relative_position_index
+        return None if index is None else layers.aligned(index if mask is None else mask.pairs(index))
+
     def decode(self, x: torch.Tensor, c: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Decoder input (B, L, D) and embedded patches (B, L, D) to noise and variance, (B, 2C, h, w)."""
         for block in self.blocks[self.config.depth - self.config.decode_layer:]:
-            x = layers.call(self, block, x, c, self.relative_position_index, patches)  # (B, L, D)
+            x = layers.call(self, block, x, c, self.positions(), patches)  # (B, L, D)
         x = self.final_layer(x, c)  # (B, L, p p 2C)
         return layers.unpatchify(x, self.grid, self.config.patch_size)
 
     def encode(self, x: torch.Tensor, c: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Embedded patches (B, L, D) through the encoder: the kept ones, (B, K, D), or all, (B, L, D)."""
-        positions = self.relative_position_index  # (L, L)
+        positions = self.positions()
         if mask is not None and self.config.masking == "symmetric":
             x = torch.where(mask.hidden[:, :, None], self.mask_token + self.pos_embed, x)  # (B, L, D)
         elif mask is not None:
             x = mask.keep(x)  # (B, K, D)
-            positions = mask.pairs(positions) if positions is not None else None  # (B, K, K)
+            positions = self.positions(mask)
         skips = []
         for block in self.blocks[:self.config.depth - self.config.decode_layer]:
             if block.skip_linear is not None:
@@ -184,5 +189,5 @@ class MDT(ModelMixin, ConfigMixin):
             return x
         predicted = x
         for block in self.sideblocks:
-            predicted = layers.call(self, block, predicted, c, self.relative_position_index)  # (B, L, D)
+            predicted = layers.call(self, block, predicted, c, self.positions())  # (B, L, D)
         return torch.where(mask.hidden[:, :, None], predicted, x) if self.config.masked_shortcut else predicted

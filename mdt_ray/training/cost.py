@@ -21,6 +21,7 @@ from mdt_ray.config import ModelConfig, TrainConfig
 from mdt_ray.data.loader import Batch
 from mdt_ray.diffusion.loss import schedule
 from mdt_ray.models import MDT, DiT
+from mdt_ray.models.layers import KEY_MULTIPLE
 from mdt_ray.training.ema import updates
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.step import TrainingStep, build_model, keep_inputs_only
@@ -178,8 +179,6 @@ class CudaChoices(TorchFunctionMode):
     (B, H, L, L) matrix. The memory-efficient kernel stands for all fused ones: they keep q, k, v, bias, output and row sums.
     """
 
-    KEY_MULTIPLE = 8  # PyTorch pads the keys of a bias to it for that kernel
-
     def __init__(self):
         super().__init__()
         self.fused = True
@@ -188,7 +187,7 @@ class CudaChoices(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             return func(args[0].float(), *args[1:], **kwargs)
-        if func is torch.Tensor.is_cuda.__get__:
+        if func == torch.Tensor.is_cuda.__get__:  # (a new object each time)
             return True
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
@@ -199,7 +198,9 @@ class CudaChoices(TorchFunctionMode):
                 return func(*args, **kwargs)
         if bias is not None:
             length = k.shape[2]
-            bias = F.pad(bias, (0, -length % self.KEY_MULTIPLE))[..., :length].expand(*q.shape[:3], length)
+            if bias.stride(-2) % KEY_MULTIPLE:  # PyTorch pads it
+                bias = F.pad(bias, (0, -length % KEY_MULTIPLE))[..., :length]
+            bias = bias.expand(*q.shape[:3], length)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, compute_log_sumexp=True)[0]
 
 

@@ -181,7 +181,7 @@ def test_several_nodes(tmp_path):
     assert_lines(refused["log"][:1], r"^WARNING workers.num_workers = 4: .* room for [23] .*; waiting for more nodes")
     if seen["may_mount"]:
         assert_lines(refused["error"].split("\n"), "^2 of 3 nodes cannot train:",
-                     rf"\(id {seen['bare']}\): the check does not run there .*'mdt_ray\.jobs\.preflight'.*; install",
+                     rf"\(id {seen['bare']}\): the check does not run there .*'mdt_ray\.(jobs\.preflight|data)'.*; install",
                      f"{apart}: {tmp_path}/out is another folder there than on the driver, .*; put the output on storage")
 
     assert_lines(seen["lost"]["error"].split("\n"), "^1 of 2 nodes cannot train:", f"{gpu}: cannot read .*chunk-00000")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mdt_ray import config_io, presets
 from mdt_ray.config import EmaConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from mdt_ray.diffusion.loss import schedule
+from mdt_ray.models import sample_mask
 from mdt_ray.training import cost, snapshots, state
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
@@ -150,6 +151,31 @@ def test_attention_keeps_its_matrix_only_for_a_bias_that_cuda_refuses(layout, fu
         assert sum(saved.values()) == pytest.approx(4 * rows + padded + sums, abs=64)
     else:
         assert sum(saved.values()) >= 3 * rows + matrix
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_bias_of_a_masked_pass_needs_no_copy_on_a_gpu(dtype):
+    """44 of 64 tokens are kept: keys 48 apart, of which 44 are read; and the result is what it is on a CPU."""
+    seen = []
+
+    class Gpu(cost.CudaChoices):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                seen.append((kwargs["attn_mask"].shape[-1], kwargs["attn_mask"].stride()[-2:]))
+                return func(*args, **kwargs)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    model = build_model(tiny("mdt_v1", patch_size=1).model)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([1, 2])
+    mask = sample_mask(2, 64, 0.3)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        expected = model(x, t, y, mask=mask)
+        with Gpu():
+            found = model(x, t, y, mask=mask)
+    assert set(seen) == {(44, (48, 1)), (64, (64, 1))}
+    torch.testing.assert_close(found, expected, **({"rtol": 0.05, "atol": 0.05} if dtype else {}))
 
 
 def test_a_model_without_bias_has_fused_attention():
