@@ -42,9 +42,11 @@ def with_backend(backend: SDPBackend) -> Callable:
 
 
 def as_the_model_does(q, k, v, table, positions):
-    """The bias as it is gathered, heads last in memory and not padded; PyTorch chooses the kernel."""
-    bias = F.embedding(positions, table).movedim(-1, -3).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias if bias.ndim == 4 else bias[None])
+    """One row of the table a head, keys padded on GPUs; PyTorch chooses the kernel."""
+    length, positions = positions.shape[-1], layers.aligned(positions)
+    bias = table.t().contiguous().gather(1, positions.reshape(1, -1).expand(table.shape[1], -1))  # (H, B L (L + pad))
+    bias = bias.view(table.shape[1], -1, *positions.shape[-2:]).transpose(0, 1).to(q.dtype)[..., :length]
+    return layers.attend(q, k, v, bias)
 
 
 def explicit(q, k, v, table, positions):

@@ -48,9 +48,16 @@ class Batch:
     mask_ratio_draw: float  # in [0, 1), the same on every rank: where in its span the step's mask ratio lies
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
-        return Batch(**moved)
+        """On another device; the host does not wait for the copies from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """In memory that a GPU copies from by itself."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +86,19 @@ class Loader:
     Holds at most lanes x (NUM_SLOTS + SPARE_GROUPS) row groups (128 rows of 256-pixel latents: 2 MiB each, with flip 4), and
     PREFETCH_BATCHES batches.
 
-    Args: accumulation, the number of micro-batches into which the rank's lanes are cut.
+    Args:
+        accumulation: the number of micro-batches into which the rank's lanes are cut.
+        pin_memory: what `batches` gives is pinned, for a GPU.
     Raises ValueError for too few lanes, and where mirror images are asked for that the latents do not have.
     """
 
     def __init__(self, folder: str, manifest: Manifest, config: LoaderConfig, rank: int, world_size: int,
-                 accumulation: int = 1):
+                 accumulation: int = 1, pin_memory: bool = False):
         require(1 <= accumulation <= config.num_lanes // world_size, "accumulation", accumulation,
                 f"must be at least 1, and times {world_size} workers not exceed num_lanes = {config.num_lanes}: a "
                 "micro-batch is whole lanes")
         check_flip(folder, manifest, config.flip)
-        self.config = config
+        self.config, self.pin_memory = config, pin_memory
         self.lanes = lanes_of(rank, world_size, config.num_lanes)
         self.parts = [part.tolist() for part in np.array_split(self.lanes, accumulation)]
         self.reader = LatentReader(folder, manifest, len(self.lanes) * (NUM_SLOTS + SPARE_GROUPS), flip=config.flip)
@@ -134,7 +143,8 @@ class Loader:
         needed |= {n: self._groups(n) for n in steps if n not in needed}
         self._needed = needed
         self.reader.fetch(dict.fromkeys(itertools.chain.from_iterable(needed[n] for n in steps)), self._fetchers)
-        return self.micro_batches(step, attempt)
+        parts = self.micro_batches(step, attempt)
+        return tuple(part.pinned() for part in parts) if self.pin_memory else parts
 
     def _groups(self, step: int) -> list[int]:
         """Row groups that the rank reads at a step."""

@@ -131,7 +131,8 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
                         torch.get_num_threads(), state.step)
         returns: dict[int, int] = {}  # how often, by the step returned to
         while True:
-            with Loader(config.latents, manifest, loader_config(config), rank, world_size, config.accumulation) as loader:
+            with Loader(config.latents, manifest, loader_config(config), rank, world_size, config.accumulation,
+                        pin_memory=device.type == "cuda") as loader:
                 try:
                     loop.train(state, module, loader.batches(state.step, state.attempt), config, device=device, save=save,
                                report=told, validate=validate, should_stop=asked_to_stop, beat=watchdog.beat)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -124,6 +125,26 @@ def test_steps_are_skipped_and_counted_without_a_host_sync(folder, tmp_path, mon
             state = run(dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=name)))
         assert [row["skipped_steps"] for row in state.history] == [num_steps // 3]
         counts.append(seen.count)
+    assert 0 < counts[0] == counts[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "adan", "muon"])
+def test_a_gpu_is_waited_for_when_a_row_is_due_only(folder, tmp_path, monkeypatch, name, compiled):
+    """As above, told by CUDA itself; copies of batches are among what would wait. All shapes come in the first 12 steps."""
+    poison(monkeypatch, lambda step, attempt: step % 3 == 1)
+    counts = []
+    for num_steps in (12, 30):
+        config = tiny_training(folder, tmp_path / f"{num_steps}", num_steps=num_steps, log_every_steps=100,
+                               checkpoint_every_steps=100, compile=compiled)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            run(dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=name)), device="cuda")
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchroniz" in str(warning.message) for warning in seen))
     assert 0 < counts[0] == counts[1]
 
 
