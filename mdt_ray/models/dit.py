@@ -54,6 +54,6 @@ class DiT(ModelMixin, ConfigMixin):
         c = layers.condition(self, t, y)  # (B, D)
         x = self.x_embedder(x) + self.pos_embed  # (B, L, D)
         for block in self.blocks:
-            x = layers.call(self, block, x, c)  # (B, L, D)
+            x = layers.call(self, block, x, block.adaLN_modulation(c))  # (B, L, D)
         x = self.final_layer(x, c)  # (B, L, p p 2C)
         return layers.unpatchify(x, self.grid, self.config.patch_size)

@@ -171,12 +171,12 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: torch.Tensor, c: torch.Tensor, positions: torch.Tensor | None = None,
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, positions: torch.Tensor | None = None,
                 skip: torch.Tensor | None = None) -> torch.Tensor:
-        """x and skip (B, L, D), condition c (B, D), positions as in Attention -> (B, L, D)."""
+        """x and skip (B, L, D), modulation = adaLN_modulation(condition) (B, 6D), positions as in Attention -> (B, L, D)."""
         if self.skip_linear is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=2))  # (B, L, D)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (B, D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)  # 6 x (B, D)
         x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), positions)
         return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
 

@@ -6,6 +6,7 @@ tokens, and the side-interpolator predicts the hidden ones for the decoder; with
 B batch, L tokens, K kept, D width, C latent channels, h x w latent size.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -120,7 +121,7 @@ class MDT(ModelMixin, ConfigMixin):
         self.check_inputs(x, t, y, mask)
         c = layers.condition(self, t, y)  # (B, D)
         patches = self.x_embedder(x) + self.pos_embed  # (B, L, D)
-        x = self.encode(patches, c, mask)  # (B, K, D)
+        x = self.encode(patches, self.modulations(c), mask)  # (B, K, D)
         x = self.interpolate(x, c, mask)  # (B, L, D)
         return self.decode(x, c, patches)
 
@@ -135,15 +136,23 @@ class MDT(ModelMixin, ConfigMixin):
         self.check_inputs(x, t, y, mask)
         c = layers.condition(self, t, y)  # (2B, D)
         patches = self.x_embedder(x) + self.pos_embed  # (2B, L, D)
-        parts = zip(patches.chunk(2), c.chunk(2), (None, mask), strict=True)
-        x = torch.cat([self.interpolate(self.encode(x, c, mask), c, mask) for x, c, mask in parts])  # (2B, L, D)
-        return self.decode(x, c, patches)
+        modulations = [both.chunk(2) for both in self.modulations(c)]  # N1 x 2 x (B, 6D)
+        decoder_inputs = []
+        for i, its_mask in enumerate((None, mask)):
+            x = self.encode(patches.chunk(2)[i], [halves[i] for halves in modulations], its_mask)  # (B, K, D)
+            decoder_inputs.append(self.interpolate(x, c.chunk(2)[i], its_mask))  # (B, L, D)
+        return self.decode(torch.cat(decoder_inputs), c, patches)
 
     def check_inputs(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None, mask: Mask | None) -> None:
         """Raise ValueError for wrong shapes, and for a mask where there is no masked pass."""
         layers.check_inputs(self, x, t, y)
         if mask is not None and self.mask_token is None:
             raise ValueError("mask: this model has no masked pass (masking = 'none'); pass mask=None")
+
+    @property
+    def encoder(self) -> nn.ModuleList:
+        """The first N1 blocks, which see the kept tokens only."""
+        return self.blocks[:self.config.depth - self.config.decode_layer]
 
     def positions(self, mask: Mask | None = None) -> torch.Tensor | None:
         """Rows of the bias table of all pairs of tokens, (L, L), or of kept ones, (B, K, K); None where there is no bias."""
@@ -153,12 +162,17 @@ class MDT(ModelMixin, ConfigMixin):
     def decode(self, x: torch.Tensor, c: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Decoder input (B, L, D) and embedded patches (B, L, D) to noise and variance, (B, 2C, h, w)."""
         for block in self.blocks[self.config.depth - self.config.decode_layer:]:
-            x = layers.call(self, block, x, c, self.positions(), patches)  # (B, L, D)
+            x = layers.call(self, block, x, block.adaLN_modulation(c), self.positions(), patches)  # (B, L, D)
         x = self.final_layer(x, c)  # (B, L, p p 2C)
         return layers.unpatchify(x, self.grid, self.config.patch_size)
 
-    def encode(self, x: torch.Tensor, c: torch.Tensor, mask: Mask | None) -> torch.Tensor:
-        """Embedded patches (B, L, D) through the encoder: the kept ones, (B, K, D), or all, (B, L, D)."""
+    def modulations(self, c: torch.Tensor) -> list[torch.Tensor]:
+        """What the condition (B, D) does in each block of the encoder: N1 x (B, 6D)."""
+        return [block.adaLN_modulation(c) for block in self.encoder]
+
+    def encode(self, x: torch.Tensor, modulations: Sequence[torch.Tensor], mask: Mask | None) -> torch.Tensor:
+        """Embedded patches (B, L, D) through the encoder: the kept ones, (B, K, D), or all, (B, L, D). `modulations` are of
+        each of its blocks, (B, 6D)."""
         positions = self.positions()
         if mask is not None and self.config.masking == "symmetric":
             x = torch.where(mask.hidden[:, :, None], self.mask_token + self.pos_embed, x)  # (B, L, D)
@@ -166,11 +180,11 @@ class MDT(ModelMixin, ConfigMixin):
             x = mask.keep(x)  # (B, K, D)
             positions = self.positions(mask)
         skips = []
-        for block in self.blocks[:self.config.depth - self.config.decode_layer]:
+        for block, modulation in zip(self.encoder, modulations, strict=True):
             if block.skip_linear is not None:
-                x = layers.call(self, block, x, c, positions, skips.pop())  # (B, K, D)
+                x = layers.call(self, block, x, modulation, positions, skips.pop())  # (B, K, D)
                 continue
-            x = layers.call(self, block, x, c, positions)  # (B, K, D)
+            x = layers.call(self, block, x, modulation, positions)  # (B, K, D)
             if self.config.long_skips:
                 skips.append(x.view_as(x))  # else the innermost is its block's other input itself: one more case to compile
         return x
@@ -189,5 +203,5 @@ class MDT(ModelMixin, ConfigMixin):
             return x
         predicted = x
         for block in self.sideblocks:
-            predicted = layers.call(self, block, predicted, c, self.positions())  # (B, L, D)
+            predicted = layers.call(self, block, predicted, block.adaLN_modulation(c), self.positions())  # (B, L, D)
         return torch.where(mask.hidden[:, :, None], predicted, x) if self.config.masked_shortcut else predicted

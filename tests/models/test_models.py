@@ -158,7 +158,7 @@ def test_long_skips_show_hidden_tokens_to_the_decoder_only():
     model = randomised(MDT(**TINY, long_skips=True))
     mask, x, changed = with_hidden_pixels_changed()
     c = torch.randn(1, 48)
-    encoded = [model.encode(model.x_embedder(v) + model.pos_embed, c, mask) for v in (x, changed)]
+    encoded = [model.encode(model.x_embedder(v) + model.pos_embed, model.modulations(c), mask) for v in (x, changed)]
     assert torch.equal(*encoded)
     t, y = torch.tensor([5]), torch.tensor([3])
     assert not torch.equal(model(x, t, y, mask=mask), model(changed, t, y, mask=mask))

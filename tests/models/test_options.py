@@ -41,7 +41,7 @@ def masked(model: MDT) -> torch.Tensor:
 @torch.no_grad()
 def filled(model: MDT) -> tuple[torch.Tensor, torch.Tensor]:
     """What enters the side-interpolator and what leaves it, for the encoder's output of the kept tokens."""
-    encoded = model.encode(model.x_embedder(X) + model.pos_embed, C, MASK)
+    encoded = model.encode(model.x_embedder(X) + model.pos_embed, model.modulations(C), MASK)
     entering = MASK.restore(encoded, model.mask_token) if encoded.shape[1] < 16 else encoded
     if model.decoder_pos_embed is not None:
         entering = entering + model.decoder_pos_embed
@@ -74,13 +74,14 @@ def test_symmetric_masking_keeps_all_tokens_in_the_encoder():
     assert torch.equal(full(model), full(DEFAULT))
     assert not torch.allclose(masked(model), masked(DEFAULT))
     patches = model.x_embedder(X) + model.pos_embed
-    assert model.encode(patches, C, MASK).shape == (2, 16, 48)
+    assert model.encode(patches, model.modulations(C), MASK).shape == (2, 16, 48)
     hidden = MASK.hidden[:, :, None]
     by_hand = torch.where(hidden, (model.mask_token + model.pos_embed).expand(2, -1, -1), patches)
-    assert torch.equal(model.encode(patches, C, MASK), model.encode(by_hand, C, None))
+    assert torch.equal(model.encode(patches, model.modulations(C), MASK), model.encode(by_hand, model.modulations(C), None))
     # Pixels of hidden tokens stay unseen.
     elsewhere = torch.where(hidden, torch.randn_like(patches), patches)
-    assert torch.equal(model.encode(elsewhere, C, MASK), model.encode(patches, C, MASK))
+    modulations = model.modulations(C)
+    assert torch.equal(model.encode(elsewhere, modulations, MASK), model.encode(patches, modulations, MASK))
 
 
 def test_no_masking_is_the_full_pass_alone():
@@ -113,7 +114,7 @@ def test_more_side_blocks_follow_each_other(num_side_blocks):
     by_hand = entering
     with torch.no_grad():
         for block in model.sideblocks:
-            by_hand = block(by_hand, C, model.relative_position_index)
+            by_hand = block(by_hand, block.adaLN_modulation(C), model.relative_position_index)
     assert torch.equal(leaving, torch.where(MASK.hidden[:, :, None], by_hand, entering))
 
 
@@ -183,7 +184,7 @@ def test_decoder_depth_moves_the_side_interpolator(decode_layer):
         for i, block in enumerate(model.blocks):
             if i == 8 - decode_layer:
                 x = model.interpolate(x, c, mask)
-            x = block(x, c, positions if i < 8 - decode_layer else index)
+            x = block(x, block.adaLN_modulation(c), positions if i < 8 - decode_layer else index)
         if decode_layer == 0:
             x = model.interpolate(x, c, mask)
         expected = layers.unpatchify(model.final_layer(x, c), (4, 4), 2)
@@ -221,11 +222,11 @@ def test_long_skips_join_first_and_last():
     patches = x = model.x_embedder(X) + model.pos_embed
     index, outputs = model.relative_position_index, []
     for block in model.blocks[:2]:
-        x = block(x, c, index)
+        x = block(x, block.adaLN_modulation(c), index)
         outputs.append(x)
-    x = model.blocks[2](x, c, index, outputs[1])
-    x = model.blocks[3](x, c, index, outputs[0])
+    x = model.blocks[2](x, model.modulations(c)[2], index, outputs[1])
+    x = model.blocks[3](x, model.modulations(c)[3], index, outputs[0])
     x = x + model.decoder_pos_embed
     for block in model.blocks[4:]:
-        x = block(x, c, index, patches)
+        x = block(x, block.adaLN_modulation(c), index, patches)
     assert torch.equal(full(model), layers.unpatchify(model.final_layer(x, c), (4, 4), 2))

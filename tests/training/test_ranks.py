@@ -1,4 +1,4 @@
-"""Several ranks without Ray: who reads a checkpoint, what one rank's bad gradient does to all, and a peer that is silent."""
+"""Several ranks without Ray: who reads a checkpoint, one rank's bad gradient, a peer that is silent, compiled blocks."""
 
 import dataclasses
 import datetime
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._dynamo.utils import counters
 
 from mdt_ray import checkpoints, storage
 from mdt_ray.data import latents
@@ -163,3 +164,24 @@ def test_a_collective_call_that_waits_too_long_ends_its_rank(folder, tmp_path):
     assert finish(launch(plain, folder, tmp_path / "straight")) == [0] * NUM_RANKS
     a, b = (Path(checkpoints.latest(str(tmp_path / name))) / "optimizer.pt" for name in ("hung", "straight"))
     assert a.read_bytes() == b.read_bytes()
+
+
+# Compiled
+
+
+def compiled(rank: int, folder: Path, output: Path) -> None:
+    state = run(rank, folder, output, num_steps=6, compile=True)
+    for tensor in state.model.parameters():
+        first = tensor.detach().clone()
+        dist.broadcast(first, src=0)
+        assert torch.equal(first, tensor)
+    if rank == 0:
+        assert counters["stats"]["unique_graphs"] == 3  # whole blocks, not cut where DDP's buckets end
+
+
+def test_compiled_ranks_train_as_others(folder, tmp_path):
+    assert finish(launch(compiled, folder, tmp_path)) == [0] * NUM_RANKS
+    assert finish(launch(plain, folder, tmp_path / "eager")) == [0] * NUM_RANKS
+    found, expected = ([row["loss"] for row in checkpoints.read_metrics(str(folder / "metrics.parquet"))]
+                       for folder in (tmp_path, tmp_path / "eager"))
+    assert found == pytest.approx(expected[:6], rel=1e-4)
