@@ -1,10 +1,9 @@
 """Speed of a training step of MDT: ours (the real loop, without Ray) against the published way in eager fp32.
 
     python benchmarks/train_step.py [--quick]
-    python benchmarks/train_step.py --device cuda --size xl --batch-size 256
 
-All in one process, in turns, medians. All start from the same weights, and the losses of the first batch must agree. The
-batch lies ready in memory (benchmarks/loader.py measures reading).
+All in one process, in turns, medians, ours compiled and eager. All start from the same weights, and the losses of the first
+batch must agree. The batch lies ready in memory (benchmarks/loader.py measures reading; train_sweep.py is for GPUs).
 """
 
 import argparse
@@ -31,6 +30,15 @@ from mdt_ray.training.step import TrainingStep, build_model
 
 AGREEMENT = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
 """Allowed relative difference of a batch's loss from the published step's."""
+
+
+def settings(size: str, batch_size: int, **changes) -> TrainConfig:
+    """A preset's for steps alone: no rows, checkpoints or validation."""
+    published = preset(f"imagenet256-{size}-2").train
+    return dataclasses.replace(
+        published, batch_size=batch_size, num_lanes=1, log_every_steps=10**9, validate_every_steps=0,
+        workers=dataclasses.replace(published.workers, num_workers=1), checkpoint_every_steps=10**9,
+        model=dataclasses.replace(published.model, input_size=32, in_channels=4), **changes)
 
 
 def random_batch(config: TrainConfig, device: torch.device) -> Batch:
@@ -80,11 +88,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    published = preset(f"imagenet256-{arguments.size}-2").train
-    base = dataclasses.replace(
-        published, batch_size=arguments.batch_size, num_lanes=1, log_every_steps=10**9, validate_every_steps=0,
-        workers=dataclasses.replace(published.workers, num_workers=1), checkpoint_every_steps=10**9,
-        model=dataclasses.replace(published.model, input_size=32, in_channels=4))
+    base = settings(arguments.size, arguments.batch_size)
     batch = random_batch(base, device)
     torch.manual_seed(0)
     model = build_model(base.model, base.loss.passes).to(device)
