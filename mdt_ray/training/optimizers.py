@@ -15,19 +15,19 @@ Tensors = list[torch.Tensor]
 
 class Skipping(torch.optim.Optimizer):
     """An optimiser with torch's convention of a skipped step: `found_inf`, a scalar tensor set before `step`. Where it is
-    not 0, parameters and state stay as they are, and nothing waits for the device."""
+    not 0, parameters and state stay as they are, and nothing waits for the device. Every parameter must have a gradient in
+    every step; ValueError where one has none."""
 
     found_inf: torch.Tensor | None = None
 
-    def taken(self, group: dict) -> torch.Tensor:
-        """1 where the group's step is taken, 0 where it is skipped; its gradients are 0 then. A scalar tensor."""
+    def gradients(self, group: dict) -> tuple[Tensors, torch.Tensor]:
+        """The group's gradients, and whether to skip the step, a scalar bool tensor."""
         grads = [p.grad for p in group["params"]]
-        if self.found_inf is None:
-            return grads[0].new_ones(())
-        skip = self.found_inf.bool()
-        for grad in grads:
-            grad.masked_fill_(skip, 0.0)  # what is not finite would stay so in any product with 0
-        return (~skip).to(grads[0].dtype)
+        if any(grad is None for grad in grads):
+            missing = [tuple(p.shape) for p in group["params"] if p.grad is None]
+            raise ValueError(f"parameters of shapes {missing} have no gradient: must be in the loss, or not be given to "
+                             f"{type(self).__name__}")
+        return grads, grads[0].new_zeros((), dtype=torch.bool) if self.found_inf is None else self.found_inf.bool()
 
     def values(self, group: dict, name: str) -> Tensors:
         """A tensor of state for every parameter, zeros at first."""
@@ -36,45 +36,58 @@ class Skipping(torch.optim.Optimizer):
                 self.state[p][name] = torch.zeros_like(p)
         return [self.state[p][name] for p in group["params"]]
 
-    def counts(self, group: dict) -> Tensors:
-        """Numbers of steps taken, a scalar for every parameter. (Not `step`: torch leaves that on the CPU when it loads.)"""
-        for p in group["params"]:
-            if "num_updates" not in self.state[p]:
-                self.state[p]["num_updates"] = torch.zeros((), device=p.device)
-        return [self.state[p]["num_updates"] for p in group["params"]]
-
 
 class Adan(Skipping):
     """Adaptive Nesterov momentum (arXiv 2208.06677, Algorithm 1) with the bias corrections of its authors' code.
 
+    Its state is in one piece for all parameters, and a step works on CHUNK numbers at a time: few operations however many
+    parameters there are, and little memory beside the state.
+
     Args:
         betas: decays of the gradient, of its differences, and of the square of both (one less the paper's betas).
-        compiled: one kernel a parameter, by torch.compile, instead of some thirty.
+        compiled: make one kernel of a chunk's operations, by torch.compile.
     """
+
+    CHUNK = 2**22
 
     def __init__(self, params: Iterable[torch.nn.Parameter], lr: float = 1e-3,
                  betas: tuple[float, float, float] = (0.98, 0.92, 0.99), eps: float = 1e-8, weight_decay: float = 0.0,
                  compiled: bool = False):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.update = torch.compile(adan_update, dynamic=True) if compiled else adan_update
+        self.update = torch.compile(adan_update, dynamic=False) if compiled else adan_update
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update. `closure` is there for torch's signature only."""
         for group in self.param_groups:
-            params, taken = group["params"], self.taken(group)
-            lr = torch.full_like(taken, group["lr"])  # (a number of Python's would be compiled in)
-            state = [self.values(group, name) for name in ("previous_grad", "grad_avg", "diff_avg", "square_avg")]
-            for count, *tensors in zip(self.counts(group), params, [p.grad for p in params], *state, strict=True):
-                count += taken
-                flat = [tensor.detach().view(-1) for tensor in tensors]  # (every shape of a parameter would be compiled)
-                self.update(*flat, count, taken, lr, *group["betas"], group["eps"], group["weight_decay"])
+            params, lr = group["params"], group["lr"]
+            grads, skip = self.gradients(group)
+            flat = torch.cat([grad.flatten() for grad in grads])  # (N,)
+            flat.masked_fill_(skip, 0.0)  # what is not finite would stay so in any product with 0
+            state = self.state[params[0]]
+            if not state:  # (not `step`: torch leaves that on the CPU when it loads)
+                state["num_updates"] = flat.new_zeros(())
+                state |= {name: torch.zeros_like(flat) for name in ADAN_STATE}
+            taken = (~skip).to(flat.dtype)
+            state["num_updates"] += taken
+            tensors = (flat, *(state[name] for name in ADAN_STATE))
+            for chunk in zip(*(tensor.split(self.CHUNK) for tensor in tensors), strict=True):
+                self.update(*chunk, state["num_updates"], taken, *group["betas"], group["eps"])
+            flat *= lr * taken
+            sizes = [p.numel() for p in params]
+            torch._foreach_sub_(params, [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)])
+            if group["weight_decay"]:
+                torch._foreach_div_(params, 1 + lr * group["weight_decay"] * taken)
 
 
-def adan_update(p: torch.Tensor, grad: torch.Tensor, previous_grad: torch.Tensor, grad_avg: torch.Tensor,
-                diff_avg: torch.Tensor, square_avg: torch.Tensor, count: torch.Tensor, taken: torch.Tensor, lr: torch.Tensor,
-                b1: float, b2: float, b3: float, eps: float, weight_decay: float) -> None:
-    """Adan's step number `count` for one parameter, everything of (N,) in place; nothing where `taken` is 0."""
+ADAN_STATE = ("previous_grad", "grad_avg", "diff_avg", "square_avg")
+
+
+def adan_update(grad: torch.Tensor, previous_grad: torch.Tensor, grad_avg: torch.Tensor, diff_avg: torch.Tensor,
+                square_avg: torch.Tensor, count: torch.Tensor, taken: torch.Tensor, b1: float, b2: float, b3: float,
+                eps: float) -> None:
+    """Adan's step number `count` for (n,) numbers: makes the direction of a gradient, and updates the state, in place; where
+    `taken` is 0, the state stays."""
     # The first difference is none: there is no gradient before.
     diff = (grad - previous_grad) * (count > 1)
     previous_grad.lerp_(grad, taken)
@@ -83,8 +96,7 @@ def adan_update(p: torch.Tensor, grad: torch.Tensor, previous_grad: torch.Tensor
     square_avg.lerp_((grad + b2 * diff).square(), taken * (1 - b3))
     count = count.clamp(min=1)  # (where the first step is skipped)
     direction = grad_avg / (1 - b1**count) + b2 * diff_avg / (1 - b2**count)
-    scale = (square_avg / (1 - b3**count)).sqrt() + eps
-    p.sub_(lr * taken * direction / scale).div_(1 + lr * weight_decay * taken)
+    grad.copy_(direction / ((square_avg / (1 - b3**count)).sqrt() + eps))
 
 
 class Muon(Skipping):
@@ -96,7 +108,7 @@ class Muon(Skipping):
     Args:
         matrices: hidden weights, and of how many matrices, one on top of the other, each consists: they are made orthogonal
             one by one.
-        rest: the parameters for AdamW. All parameters must have a gradient in every step.
+        rest: the parameters for AdamW.
     """
 
     def __init__(self, matrices: Mapping[torch.nn.Parameter, int], rest: Iterable[torch.nn.Parameter], lr: float = 1e-3,
@@ -111,16 +123,25 @@ class Muon(Skipping):
         matrices, rest = self.param_groups
         self._update_matrices(matrices)
         (b1, b2), lr = rest["betas"], rest["lr"]
-        params, exp_avgs, exp_avg_sqs = rest["params"], self.values(rest, "exp_avg"), self.values(rest, "exp_avg_sq")
-        adamw(params, [p.grad for p in params], exp_avgs, exp_avg_sqs, [], self.counts(rest), fused=True,
+        (grads, _), moments = self.gradients(rest), [self.values(rest, name) for name in ("exp_avg", "exp_avg_sq")]
+        adamw(rest["params"], grads, *moments, [], self.counts(rest), fused=True,
               found_inf=self.found_inf, amsgrad=False, beta1=b1, beta2=b2, lr=lr, weight_decay=rest["weight_decay"],
               eps=rest["eps"], maximize=False)
 
+    def counts(self, group: dict) -> Tensors:
+        """Numbers of steps taken, a scalar for every parameter. (Not `step`: torch leaves that on the CPU when it loads.)"""
+        for p in group["params"]:
+            if "num_updates" not in self.state[p]:
+                self.state[p]["num_updates"] = torch.zeros((), device=p.device)
+        return [self.state[p]["num_updates"] for p in group["params"]]
+
     def _update_matrices(self, group: dict) -> None:
         params, momentum, lr = group["params"], group["momentum"], group["lr"]
-        taken, momenta = self.taken(group), self.values(group, "momentum")
-        grads = [p.grad for p in params]
-        torch._foreach_mul_(momenta, torch.where(taken > 0, momentum, 1.0))
+        (grads, skip), momenta = self.gradients(group), self.values(group, "momentum")
+        for grad in grads:
+            grad.masked_fill_(skip, 0.0)
+        taken = (~skip).float()
+        torch._foreach_mul_(momenta, torch.where(skip, 1.0, momentum))
         torch._foreach_add_(momenta, grads)
         updates = torch._foreach_add(grads, momenta, alpha=momentum)  # as Nesterov's: a step ahead
         if group["weight_decay"]:
@@ -132,13 +153,14 @@ class Muon(Skipping):
                 pieces.append(piece)
                 their_updates.append(its_update)
         for shape, (pieces, their_updates) in same_shape.items():
-            # An orthogonal matrix has entries of 1 / sqrt(its longer side) on average; AdamW's updates have about 0.2.
+            # The root mean square is 1 / sqrt(longer side) for an orthogonal matrix, and about 0.2 for AdamW's updates.
             factor = -lr * 0.2 * max(shape) ** 0.5 * taken
-            torch._foreach_add_(pieces, list((orthogonal(torch.stack(their_updates)) * factor).unbind()))
+            torch._foreach_add_(pieces, list(orthogonal(torch.stack(their_updates)).mul_(factor).unbind()))
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """Matrices (N, rows, columns) with their singular values taken to about 1 (0.7 to 1.2), float32.
+    """Matrices (N, rows, columns) with their singular values, but for those below 0.3% of the norm, taken to about 1 (0.7 to
+    1.2); contiguous, float32.
 
     Five Newton-Schulz iterations in bf16 with the coefficients of Jordan 2024, which rise fast rather than converge.
     """
@@ -148,4 +170,4 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
     for _ in range(5):
         gram = wide @ wide.mT  # (N, rows, rows)
         wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return (wide if x.shape[1] <= x.shape[2] else wide.mT).float()
+    return (wide if x.shape[1] <= x.shape[2] else wide.mT).float().contiguous()
