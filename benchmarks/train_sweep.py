@@ -4,7 +4,7 @@
 
 For every size: the published way in eager fp32 and in TF32, ours in bf16, eager and compiled, each at all batch sizes until
 memory ends. MFU counts the multiply-adds of both passes, three times (backward is twice forward), whatever the step really
-computes, over the GPU's dense bf16 peak. The fastest step of each size is profiled: the kernels that take most of its time.
+computes, over the GPU's dense bf16 peak (nan where that is not known). The fastest step of each size is profiled.
 On a CPU it only shows that it works: --device cpu --sizes s --batch-sizes 2.
 """
 
@@ -23,12 +23,19 @@ from mdt_ray.jobs.plan_train import GPUS
 from mdt_ray.training import cost
 from mdt_ray.training.step import build_model
 
-PEAK = GPUS["h100"].peak["bf16"]
-"""Multiplies and adds a second of an H100 SXM (and H200), dense bf16."""
+PEAKS = {name: GPUS[key].peak["bf16"] for name, key in (("H100", "h100"), ("H200", "h200"), ("A100", "a100-80gb"))}
+"""Operations a second in dense bf16 of the SXM cards, by what torch's name of a device contains."""
+CALL = 10
+"""Steps in one go, as in training: the host runs ahead of the GPU, which is waited for at the end."""
 
 
-def step_of(kind: str, size: str, batch_size: int, device: torch.device) -> Callable[[], object]:
-    """One step of a kind, ready to be called."""
+def steps_of(kind: str, size: str, batch_size: int, device: torch.device) -> Callable[[], None]:
+    """CALL steps of a kind, ready to be called; what was there before is forgotten."""
+    gc.collect()  # (compiled modules hold each other)
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     config = settings(size, batch_size, precision="bf16", compile=kind == "bf16 compiled")
     batch = random_batch(config, device)
     torch.manual_seed(0)
@@ -36,13 +43,14 @@ def step_of(kind: str, size: str, batch_size: int, device: torch.device) -> Call
     if kind.startswith("published"):
         step = PublishedStep(model, config.loss.mask_ratio)
 
-        def published() -> object:
+        def published() -> None:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = kind == "published tf32"
-            return step(batch)
+            for _ in range(CALL):
+                step(batch)
 
         return published
     ours = Ours(config, model.state_dict(), device)
-    return lambda: ours.run(batch, 1)
+    return lambda: ours.run(batch, CALL)
 
 
 def main() -> None:
@@ -57,6 +65,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
     synchronise = torch.cuda.synchronize if on_gpu else lambda: None
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    peak_flops = next((value for key, value in PEAKS.items() if key in name), float("nan"))
     figures: dict[str, float] = {}
     for size in arguments.sizes:
         flops = cost.count(settings(size, 1), torch.bfloat16, on_gpu=True).training_flops
@@ -64,41 +74,35 @@ def main() -> None:
         rates: dict[tuple[str, int], float] = {}
         for kind in arguments.kinds:
             for batch_size in arguments.batch_sizes:
-                if on_gpu:
-                    torch.cuda.reset_peak_memory_stats()
                 try:
-                    step = step_of(kind, size, batch_size, device)
-                    seconds = medians({kind: step}, arguments.rounds, synchronise)[kind]
-                except torch.OutOfMemoryError:
-                    print(f"  {kind:<15} batch {batch_size:4}  out of memory")
+                    steps = steps_of(kind, size, batch_size, device)
+                    seconds = medians({kind: steps}, arguments.rounds, synchronise)[kind] / CALL
+                except RuntimeError as error:  # out of memory, as torch, cuBLAS or the compiler call it
+                    print(f"  {kind:<15} batch {batch_size:4}  {str(error).splitlines()[0][:90]}", flush=True)
                     break
                 finally:
-                    step = None
-                    gc.collect()
-                    torch.cuda.empty_cache()
+                    steps = None
                 rate = rates[kind, batch_size] = batch_size / seconds
                 peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else float("nan")
                 print(f"  {kind:<15} batch {batch_size:4}  {rate:8.1f} images/s  {seconds * 1e3:7.1f} ms  {peak:5.1f} GB  "
-                      f"{rate * flops / 1e12:6.1f} TFLOP/s  MFU {rate * flops / PEAK:.1%}", flush=True)
+                      f"{rate * flops / 1e12:6.1f} TFLOP/s  MFU {rate * flops / peak_flops:.1%}", flush=True)
         best = {kind: max((rate for (k, _), rate in rates.items() if k == kind), default=None) for kind in arguments.kinds}
         ours = {key: rate for key, rate in rates.items() if not key[0].startswith("published")}
         if ours:
             (kind, batch_size), rate = max(ours.items(), key=lambda item: item[1])
-            figures |= {f"images_per_second_{size}": rate, f"mfu_{size}": rate * flops / PEAK}
+            figures |= {f"images_per_second_{size}": rate, f"mfu_{size}": rate * flops / peak_flops}
             figures |= {f"speedup_{size}_vs_{name.replace(' ', '_')}": rate / value for name, value in best.items()
                         if name.startswith("published") and value}
             print(f"  fastest: {kind}, batch {batch_size}")
-            print(profiled(step_of(kind, size, batch_size, device), on_gpu, arguments.profile))
-    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+            print(profiled(steps_of(kind, size, batch_size, device), on_gpu, arguments.profile))
     print(json.dumps({"name": "train_sweep", "machine": name, "figures": {k: round(v, 4) for k, v in figures.items()}}))
 
 
-def profiled(step: Callable[[], object], on_gpu: bool, trace: str | None) -> str:
-    """The operations that take most of a step's time, as a table."""
-    for _ in range(3):
-        step()
+def profiled(steps: Callable[[], None], on_gpu: bool, trace: str | None) -> str:
+    """The operations that take most of the time of CALL steps, as a table."""
+    steps()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as seen:
-        step()
+        steps()
         if on_gpu:
             torch.cuda.synchronize()
     if trace:

@@ -385,7 +385,7 @@ class TrainConfig:
     gradient_checkpointing: bool = operational(False)
     """Keep a block's inputs only and compute the rest again in the backward pass: less memory, the same bits, slower."""
     compile: bool = operational(False)
-    """Compile the blocks (torch.compile): some minutes at the start, faster steps, sums in another order."""
+    """Compile the blocks, and Adan (torch.compile): some minutes at the start, faster steps, sums in another order."""
     deterministic: bool = operational(False)
     """On a GPU too, kernels that give the same bits every time; slower. (On CPUs they always do.)"""
     num_steps: int = operational(400_000)

@@ -131,7 +131,7 @@ def _at_once(config: PlanConfig) -> int:
 
 
 def _memory_of_worker(config: PlanConfig, cost: Cost) -> dict[str, int]:
-    return cost.memory(_at_once(config), config.workers.num_workers > 1)
+    return cost.memory(_at_once(config))
 
 
 def _needed(config: PlanConfig, cost: Cost) -> int:

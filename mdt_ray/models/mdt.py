@@ -161,8 +161,9 @@ class MDT(ModelMixin, ConfigMixin):
 
     def decode(self, x: torch.Tensor, c: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Decoder input (B, L, D) and embedded patches (B, L, D) to noise and variance, (B, 2C, h, w)."""
+        positions = self.positions()
         for block in self.blocks[self.config.depth - self.config.decode_layer:]:
-            x = layers.call(self, block, x, block.adaLN_modulation(c), self.positions(), patches)  # (B, L, D)
+            x = layers.call(self, block, x, block.adaLN_modulation(c), positions, patches)  # (B, L, D)
         x = self.final_layer(x, c)  # (B, L, p p 2C)
         return layers.unpatchify(x, self.grid, self.config.patch_size)
 
@@ -201,7 +202,7 @@ class MDT(ModelMixin, ConfigMixin):
             x = x + self.decoder_pos_embed
         if mask is None or not self.sideblocks:
             return x
-        predicted = x
+        predicted, positions = x, self.positions()
         for block in self.sideblocks:
-            predicted = layers.call(self, block, predicted, block.adaLN_modulation(c), self.positions())  # (B, L, D)
+            predicted = layers.call(self, block, predicted, block.adaLN_modulation(c), positions)  # (B, L, D)
         return torch.where(mask.hidden[:, :, None], predicted, x) if self.config.masked_shortcut else predicted

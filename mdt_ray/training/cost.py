@@ -62,13 +62,13 @@ class Cost:
         """Bytes that the passes over so many images keep."""
         return self.fixed_activation_bytes + num_images * self.activation_bytes
 
-    def memory(self, num_images: int, ddp: bool) -> dict[str, int]:
-        """Bytes of one rank by what they are for; with DDP, its buckets hold a second copy of the gradients.
+    def memory(self, num_images: int) -> dict[str, int]:
+        """Bytes of one rank by what they are for.
 
         Their sum is above the peak in that gradients come as activations go, and below it by temporaries.
         """
         return {"weights": self.model_bytes, "EMA": self.num_averages * self.model_bytes,
-                "optimiser": self.optimizer_bytes, "gradients": self.gradient_bytes * (2 if ddp else 1),
+                "optimiser": self.optimizer_bytes, "gradients": self.gradient_bytes,
                 "activations": self.activations(num_images)}
 
 

@@ -92,8 +92,9 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     """
     device = torch.device(device)
     dtype = autocast_dtype(config.precision, device)
-    # fp32 means fp32, convolutions too: TF32 keeps 10 bits of mantissa.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    # fp32 means fp32, convolutions too: TF32 keeps 10 bits of mantissa (three more than bf16).
+    tf32 = config.precision == "tf32" or dtype is not None
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.use_deterministic_algorithms(config.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid of that mode, which costs time
     keep = functools.partial(_keep_stacks, config.output, rank)
@@ -104,7 +105,9 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
         if config.compile:
             compile_blocks(state.model)
         module = TrainingStep(state.model, config.loss, dtype)
-        module = DistributedDataParallel(module) if world_size > 1 else module
+        if world_size > 1:
+            # Buffers never change; and the gradients lie in the buckets that are sent, not in a copy.
+            module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
         validate = _validation(config, manifest, rank, world_size, device, dtype, watchdog.beat)
 
         def save(checkpoint: bool, snapshot: bool) -> None:

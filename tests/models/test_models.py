@@ -1,5 +1,7 @@
 """MDT and DiT against the reference vectors, the paper's numbers and their own invariants."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -216,7 +218,10 @@ def test_both_passes_at_once_are_the_two_passes(options):
     x, t = torch.randn(6, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 20, 300] * 2)
     y = torch.tensor([0, 10, 2, 3, 4, 10])
     mask = sample_mask(3, 16, 0.3)
-    found = model.both_passes(x, t, y, mask)
+    pairs = mock.Mock(wraps=mask.pairs)
+    with mock.patch.object(Mask, "pairs", lambda mask, table: pairs(table)):
+        found = model.both_passes(x, t, y, mask)
+    assert pairs.call_count == (model.config.masking == "asymmetric" and model.config.relative_position_bias)  # once for all
     torch.testing.assert_close(found[:3], model(x[:3], t[:3], y[:3]))
     torch.testing.assert_close(found[3:], model(x[3:], t[3:], y[3:], mask))
 

@@ -58,6 +58,16 @@ def test_every_kind_and_shape_is_compiled_once_and_losses_agree(folder, tmp_path
     assert [row["loss"] for row in found[:3]] == pytest.approx([row["loss"] for row in eager[:3]], rel=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, pytest.param(
+    {"accumulation": 5}, marks=pytest.mark.slow)])  # 12 lanes in parts of 2 and of 3
+def test_with_other_savings_losses_agree(folder, tmp_path, changes):
+    compiled = settings(folder, tmp_path / "compiled", "mdt_v1", num_steps=4, compile=True, **changes)
+    found, expected = (run(config).history for config in
+                       (compiled, dataclasses.replace(compiled, output=str(tmp_path / "eager"), compile=False)))
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == (6 if "accumulation" in changes else 3)
+
+
 def test_a_compiled_run_goes_on_eagerly(folder, tmp_path):
     config = settings(folder, tmp_path, "mdt_v1", num_steps=10, compile=True)
     run(config)

@@ -110,7 +110,7 @@ def test_weights_gradients_and_state_are_those_of_a_real_step(kind, tmp_path):
     assert found.model_bytes == size([*model.parameters(), *model.buffers()]) == size([*ema.parameters(), *ema.buffers()])
     assert found.gradient_bytes == size(p.grad for p in model.parameters())
     assert found.optimizer_bytes == size(v for values in optimizer.state.values() for v in values.values())
-    assert found.memory(1, ddp=False)["EMA"] == 4 * found.model_bytes
+    assert found.memory(1)["EMA"] == 4 * found.model_bytes
     trained = TrainState(model, ema, optimizer, step=1, more_ema=averages)
     state.save_checkpoint(trained, str(tmp_path / "out"), {}, {})
     snapshots.save_snapshot(trained, str(tmp_path / "out"), config.ema, {})()
@@ -190,12 +190,6 @@ def test_the_smallest_mask_ratio_decides_on_memory_and_the_mean_one_on_operation
     fixed, spanned, half = (cost.count(config, None, on_gpu=False) for config in (fixed, spanned, half))
     assert spanned.training_flops == half.training_flops < fixed.training_flops
     assert spanned.activation_bytes == fixed.activation_bytes > half.activation_bytes
-
-
-def test_ddp_holds_the_gradients_twice():
-    found = cost.count(tiny("dit"), None, on_gpu=False)
-    alone, one_of_many = found.memory(2, ddp=False), found.memory(2, ddp=True)
-    assert one_of_many == alone | {"gradients": 2 * alone["gradients"]}
 
 
 def test_counting_leaves_no_tensors_without_numbers_behind():

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch._dynamo.utils import counters
 from mdt_ray import checkpoints, storage
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader
+from mdt_ray.training import loop
 from mdt_ray.training import run as training
 from tests.helpers import make_latents, tiny_training
 
@@ -166,6 +168,26 @@ def test_a_collective_call_that_waits_too_long_ends_its_rank(folder, tmp_path):
     assert a.read_bytes() == b.read_bytes()
 
 
+# Memory
+
+
+def in_buckets(rank: int, folder: Path, output: Path) -> None:
+    storages = []
+    clip = loop.clip_gradients
+
+    def watched(model, clip_norm):
+        storages.append(len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}))
+        return clip(model, clip_norm)
+
+    loop.clip_gradients = watched
+    run(rank, folder, output, num_steps=3, accumulation=2)
+    assert storages == [1, 1, 1]  # one bucket of less than 25 MiB holds all of them
+
+
+def test_gradients_lie_in_the_buckets_that_are_sent(folder, tmp_path):
+    assert finish(launch(in_buckets, folder, tmp_path)) == [0] * NUM_RANKS
+
+
 # Compiled
 
 
@@ -179,6 +201,7 @@ def compiled(rank: int, folder: Path, output: Path) -> None:
         assert counters["stats"]["unique_graphs"] == 3  # whole blocks, not cut where DDP's buckets end
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPUs")
 def test_compiled_ranks_train_as_others(folder, tmp_path):
     assert finish(launch(compiled, folder, tmp_path)) == [0] * NUM_RANKS
     assert finish(launch(plain, folder, tmp_path / "eager")) == [0] * NUM_RANKS
