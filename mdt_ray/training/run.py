@@ -106,8 +106,9 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
             compile_blocks(state.model)
         module = TrainingStep(state.model, config.loss, dtype)
         if world_size > 1:
-            # Buffers never change; and the gradients lie in the buckets that are sent, not in a copy.
-            module = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # The gradients lie in the buckets that are sent, not in a copy. (Its broadcast of the half megabyte of buffers,
+            # which never change, stays: PyTorch has just renamed the option against it.)
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True)
         validate = _validation(config, manifest, rank, world_size, device, dtype, watchdog.beat)
 
         def save(checkpoint: bool, snapshot: bool) -> None:
