@@ -305,6 +305,14 @@ class SamplingConfig:
     """Power s of the power-cosine guidance schedule (paper appendix D); 0 keeps the scale constant."""
     cfg_channels: int | None = None
     """Guide only the first n noise channels (the published models: 3); None guides all."""
+    cfg_interval: tuple[int, int] | None = None
+    """Guide only from the first to the last of these timesteps (0 is clean, 999 noise); outside, the unconditional pass is
+    skipped. None guides all along."""
+    guide: str = operational("")
+    """Checkpoint of a smaller or less trained model that takes the place of the unconditional prediction (autoguidance,
+    arXiv 2406.02507); its content is part of the identity."""
+    guide_weights: str = "ema"
+    """Folder of the guide to take, as `weights`."""
     round_pixels: bool = False
     """Round to uint8 (as DiT) instead of truncating (as MDT)."""
     weights: str = "ema"
@@ -315,6 +323,12 @@ class SamplingConfig:
                 "must be between 1 and 1000")
         require(self.cfg_scale >= 0, "sampling.cfg_scale", self.cfg_scale, "must not be negative")
         require(self.cfg_power >= 0, "sampling.cfg_power", self.cfg_power, "must not be negative")
+        require(self.cfg_channels is None or self.cfg_channels > 0, "sampling.cfg_channels", self.cfg_channels,
+                "must be positive, or None for all")
+        low, high = self.cfg_interval or (0, NUM_TIMESTEPS - 1)
+        require(0 <= low <= high < NUM_TIMESTEPS, "sampling.cfg_interval", self.cfg_interval,
+                f"must be two timesteps, the smaller first, of 0..{NUM_TIMESTEPS - 1}")
+        require(not self.guide or self.cfg_scale != 1, "sampling.guide", self.guide, "has no effect with cfg_scale = 1")
 
 
 @dataclass(frozen=True, kw_only=True)

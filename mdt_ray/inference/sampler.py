@@ -10,7 +10,7 @@ import torch
 from mdt_ray import storage
 from mdt_ray.config import SamplingConfig, VaeConfig
 from mdt_ray.data.vae import load_vae
-from mdt_ray.diffusion.guidance import guided
+from mdt_ray.diffusion.guidance import Denoiser, guided
 from mdt_ray.diffusion.sampling import make_scheduler, sample
 from mdt_ray.models import MDT, DiT
 
@@ -35,6 +35,16 @@ def load_model(checkpoint: str, weights: str) -> MDT | DiT:
         folder = storage.fetch_folder(storage.join(checkpoint, weights), parent)
         name = storage.read_json(str(folder / "config.json"))["_class_name"]
         return MODEL_CLASSES[name].from_pretrained(folder, low_cpu_mem_usage=False).eval().requires_grad_(False)
+
+
+def check_guide(facts: dict, guide: str) -> None:
+    """Raise ValueError unless the checkpoint `guide` (URI) has the latents and classes of the model, whose state.json has
+    `facts`."""
+    others = storage.read_json(storage.join(guide, "state.json"))
+    for name in ("latent_shape", "num_classes", "vae"):
+        if others[name] != facts[name]:
+            raise ValueError(f"sampling.guide = {guide!r}: its {name} is {others[name]}, the model's {facts[name]}; a guide "
+                             "must have been trained on the same latents")
 
 
 def labels_of(first: int, stop: int, num_classes: int, kind: str, seed: int) -> torch.Tensor:
@@ -66,23 +76,32 @@ class Sampler:
         if facts["vae"]["weights_hash"] not in (None, self.vae.weights_hash):  # (a converted checkpoint does not say)
             raise ValueError(f"vae {facts['vae']['path']!r}: not the weights that the latents were made with; "
                              "fix its revision, or bring back the folder as it was")
-        if config.cfg_scale != 1 and not self.num_classes:
-            raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model is unconditional; use cfg_scale 1")
-        if config.cfg_scale != 1 and not self.model.config.class_dropout_prob:
+        self.guide = None
+        if config.guide:
+            check_guide(facts, config.guide)
+            self.guide = load_model(config.guide, config.guide_weights).to(self.device)
+        elif config.cfg_scale != 1 and not self.num_classes:
+            raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model is unconditional; use cfg_scale 1, or a "
+                             "guide")
+        elif config.cfg_scale != 1 and not self.model.config.class_dropout_prob:
             raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model was trained without label dropout, so it "
-                             "has no null label to be guided by; use cfg_scale 1")
+                             "has no null label to be guided by; use cfg_scale 1, or a guide")
 
     def draw(self, first: int, labels: torch.Tensor, seed: int) -> torch.Tensor:
         """Images first, first + 1, ... with the given labels (B,): (B, 3, H, W) uint8."""
         generators = [_generator(seed + first + i, "noise") for i in range(len(labels))]
         noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators])  # (B, C, h, w)
-        config, denoiser = self.config, self._denoise
+        config, denoiser = self.config, self._denoiser(self.model)
         if config.cfg_scale != 1:
-            denoiser = guided(denoiser, self.num_classes, config.cfg_scale, config.cfg_power, config.cfg_channels)
+            denoiser = guided(denoiser, self.num_classes, config.cfg_scale, config.cfg_power, config.cfg_channels,
+                              config.cfg_interval, self.guide and self._denoiser(self.guide))
         latents = sample(denoiser, noise.to(self.device), labels.to(self.device),
                          make_scheduler(config.sampler), config.num_sampling_steps, generators)
         return self.vae.decode(latents, config.round_pixels).cpu()
 
-    def _denoise(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.model(x, t, y)
+    def _denoiser(self, model: MDT | DiT) -> Denoiser:
+        def denoise(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                return model(x, t, y)
+
+        return denoise

@@ -22,7 +22,7 @@ from mdt_ray.data import listings, readers, sources
 from mdt_ray.data.listings import Listing
 from mdt_ray.data.sources import Source
 from mdt_ray.evaluation import chunks
-from mdt_ray.inference.sampler import Sampler, check_weights
+from mdt_ray.inference.sampler import Sampler, check_guide, check_weights
 from mdt_ray.jobs import fanout, progress, session
 from mdt_ray.training.run import autocast_dtype
 
@@ -38,7 +38,8 @@ class Plan:
     run: dict
     facts: dict
     """state.json of the checkpoint."""
-    checkpoint_hash: str
+    inputs: dict[str, str]
+    """Hashes of what is read: checkpoint, guide, reference."""
     source: Source
     """The real images."""
     listing: Listing
@@ -68,18 +69,29 @@ def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
     """Resolve checkpoint, reference and identity. Raises ValueError for what is missing or does not fit."""
     checkpoint = checkpoints.resolve(storage.absolute(config.checkpoint))
     reference = config.reference if config.reference == "digits" else storage.absolute(config.reference)
-    config = dataclasses.replace(config, checkpoint=checkpoint, reference=reference, output=storage.absolute(config.output))
+    guide = checkpoints.resolve(storage.absolute(config.sampling.guide)) if config.sampling.guide else ""
+    config = dataclasses.replace(config, checkpoint=checkpoint, reference=reference, output=storage.absolute(config.output),
+                                 sampling=dataclasses.replace(config.sampling, guide=guide))
     facts = storage.read_json(storage.join(checkpoint, "state.json"))
     check_weights(checkpoint, config.sampling.weights)
+    inputs = {"checkpoint": hash_of(checkpoint)}
+    if guide:
+        check_weights(guide, config.sampling.guide_weights)
+        check_guide(facts, guide)
+        inputs["guide"] = hash_of(guide)
     chunks.check_extractor(config.extractor, facts["image_size"])
     source = sources.open_source(config.reference)
-    checkpoint_hash = storage.sha256(storage.read_bytes(storage.join(checkpoint, checkpoints.CHECKSUMS)))[:16]
     fingerprint = config_io.fingerprint([source.fingerprint, config.extractor, facts["image_size"],
                                          config.chunk_size])
-    run = run_folder.describe("evaluate", config, {"checkpoint": checkpoint_hash, "reference": fingerprint})
-    return Plan(config=config, run=run, facts=facts, checkpoint_hash=checkpoint_hash, source=source,
-                listing=listings.list_images(source),
+    inputs["reference"] = fingerprint
+    run = run_folder.describe("evaluate", config, inputs)
+    return Plan(config=config, run=run, facts=facts, inputs=inputs, source=source, listing=listings.list_images(source),
                 reference_folder=storage.join(storage.absolute(reference_root or config.output), f"reference-{fingerprint}"))
+
+
+def hash_of(checkpoint: str) -> str:
+    """Names the content of a checkpoint folder."""
+    return storage.sha256(storage.read_bytes(storage.join(checkpoint, checkpoints.CHECKSUMS)))[:16]
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -147,7 +159,8 @@ def _write_metrics(p: Plan, seconds: float) -> None:
     reference = chunks.read_chunks(list(p.reference_uris()))
     values = chunks.compute_metrics(samples, reference, config.extractor)
     facts = {
-        "checkpoint": {"uri": config.checkpoint, "hash": p.checkpoint_hash, "step": p.facts["step"]},
+        "checkpoint": {"uri": config.checkpoint, "hash": p.inputs["checkpoint"], "step": p.facts["step"]},
+        "guide": {"uri": config.sampling.guide, "hash": p.inputs["guide"]} if config.sampling.guide else None,
         "vae": p.facts["vae"],
         "reference": {"source": config.reference, "num_images": len(reference.labels),
                       f"fid_{config.extractor}_between_halves": chunks.distance_between_halves(reference)},

@@ -140,6 +140,37 @@ def test_scale_one_is_the_conditional_prediction(toy):
     assert not torch.allclose(guided(labelled, 10, 2.0)(x, t, y), labelled(x, t, y))
 
 
+def test_guidance_in_an_interval_skips_the_other_pass_outside(toy):
+    """Samples in and out of it in one batch, then none in it: the model sees each sample twice, then once."""
+    sizes = []
+
+    def labelled(x, t, y):
+        sizes.append(len(x))
+        return toy(x, t, y) + y[:, None, None, None]
+
+    x, t, y = torch.randn(4, 4, 8, 8), torch.tensor([99, 100, 300, 301]), torch.tensor([0, 1, 2, 3])
+    partly = guided(labelled, 10, 3.0, interval=(100, 300))
+    found, everywhere, cond = partly(x, t, y), guided(labelled, 10, 3.0)(x, t, y), labelled(x, t, y)
+    torch.testing.assert_close(found[1:3], everywhere[1:3])
+    torch.testing.assert_close(found[[0, 3]], cond[[0, 3]])
+    assert not torch.allclose(everywhere[0], cond[0])
+    sizes.clear()
+    assert torch.equal(partly(x, torch.full((4,), 500), y), labelled(x, torch.full((4,), 500), y))
+    assert sizes == [4, 4]
+    partly(x, t, y)
+    assert sizes[2:] == [8]
+
+
+def test_a_guide_takes_the_place_of_the_unconditional_prediction(toy):
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 1])
+    labelled = lambda x, t, y: toy(x, t, y) + y[:, None, None, None]  # noqa: E731
+    worse = lambda x, t, y: 0.5 * labelled(x, t, y)  # noqa: E731
+    found, good, bad = guided(labelled, 10, 3.0, guide=worse)(x, t, y), labelled(x, t, y), worse(x, t, y)
+    torch.testing.assert_close(found[:, :4], (bad + 3 * (good - bad))[:, :4])
+    assert torch.equal(found[:, 4:], good[:, 4:])
+    torch.testing.assert_close(guided(labelled, 10, 3.0, guide=labelled)(x, t, y), good)
+
+
 def test_unguided_channels_come_from_the_conditional_half(toy):
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, 1])
     labelled = lambda x, t, y: toy(x, t, y) + y[:, None, None, None]  # noqa: E731

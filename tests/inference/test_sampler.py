@@ -70,6 +70,39 @@ def test_metrics_do_not_depend_on_the_chunk_plan(checkpoint, tmp_path):
         assert results[1][name] == pytest.approx(value, rel=1e-3), name
 
 
+def test_guides_and_intervals(checkpoint, tmp_path):
+    """The samples change with both, and where the guide is the model itself they are its unguided ones."""
+    other = make_checkpoint(tmp_path / "other", hidden_size=16)
+    labels = labels_of(0, 6, 10, "random", seed=5)
+
+    def draw(**changes) -> torch.Tensor:
+        return Sampler(checkpoint, dataclasses.replace(SAMPLING, **changes)).draw(0, labels, seed=5).int()
+
+    plain, unguided = draw(), draw(cfg_scale=1.0)
+    assert (draw(guide=checkpoint) - unguided).abs().max() <= 1
+    differing = {"none": plain, "interval": draw(cfg_interval=(0, 500)), "guide": draw(guide=other), "unguided": unguided}
+    assert len({tuple(value.flatten().tolist()) for value in differing.values()}) == 4
+    assert torch.equal(draw(cfg_interval=(0, 999)), plain)
+    unconditional = make_checkpoint(tmp_path / "unconditional", num_classes=0)
+    with pytest.raises(ValueError, match="its num_classes is 0, the model's 10; a guide must have been trained on the same"):
+        draw(guide=unconditional)
+    with pytest.raises(ValueError, match=r"sampling.cfg_interval = \(5, 1000\): must be two timesteps, the smaller first"):
+        dataclasses.replace(SAMPLING, cfg_interval=(5, 1000))
+    with pytest.raises(ValueError, match="has no effect with cfg_scale = 1"):
+        dataclasses.replace(SAMPLING, guide=other, cfg_scale=1.0)
+
+
+def test_an_evaluation_names_its_guide(checkpoint, tmp_path):
+    other = make_checkpoint(tmp_path / "other", hidden_size=16)
+    guides = [dataclasses.replace(SAMPLING, guide=uri) for uri in (other, str(tmp_path / "other"))]
+    plans = [plan(evaluation(checkpoint, tmp_path / "a", sampling=sampling)) for sampling in (SAMPLING, *guides)]
+    names = [p.run["name"] for p in plans]
+    assert names[0] != names[1] == names[2]
+    assert plans[2].config.sampling.guide == other
+    found = evaluate_many([evaluation(checkpoint, tmp_path / "b", sampling=guides[1], num_samples=20)], pool=False)[0]
+    assert found["guide"] == {"uri": other, "hash": plans[1].inputs["guide"]}
+
+
 def test_an_unconditional_model_is_evaluated_without_labels(tmp_path):
     unconditional = make_checkpoint(tmp_path / "checkpoint", num_classes=0)
     sampling = dataclasses.replace(SAMPLING, cfg_scale=1.0)
