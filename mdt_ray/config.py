@@ -332,6 +332,32 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Job `sample`: checkpoint -> pictures."""
+
+    checkpoint: str = operational("")
+    """Checkpoint folder (URI), or a training output, whose newest checkpoint is taken."""
+    output: str = operational("")
+    """Folder (URI) for images/, grid.png and samples.npz."""
+    classes: tuple[str, ...] = ()
+    """Names or numbers of the classes to draw; none: labels at random."""
+    num_samples: int = 16
+    """Images to draw; where classes are named, of each."""
+    seed: int = 0
+    """Image i is drawn from seed + i: with labels at random, the image that `evaluate` draws."""
+    sampling: SamplingConfig = SamplingConfig(sampler="dpm-solver++", num_sampling_steps=50, cfg_scale=3.8, cfg_power=4.0)
+    """The sampler; by default few steps, guided as in the paper's pictures."""
+    batch_size: int = operational(32)
+    """Images per model call."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Autocast dtype of the model; the VAE always decodes in fp32."""
+
+    def __post_init__(self):
+        for name in ("num_samples", "batch_size"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Job `evaluate`: checkpoint -> samples -> metrics."""
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
-from mdt_ray.config import EvaluateConfig
+from mdt_ray.config import EvaluateConfig, SamplingConfig
 from mdt_ray.data import listings, readers, sources
 from mdt_ray.data.listings import Listing
 from mdt_ray.data.sources import Source
@@ -67,18 +67,11 @@ class Plan:
 
 def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
     """Resolve checkpoint, reference and identity. Raises ValueError for what is missing or does not fit."""
-    checkpoint = checkpoints.resolve(storage.absolute(config.checkpoint))
+    checkpoint, sampling, inputs = resolve(config.checkpoint, config.sampling)
     reference = config.reference if config.reference == "digits" else storage.absolute(config.reference)
-    guide = checkpoints.resolve(storage.absolute(config.sampling.guide)) if config.sampling.guide else ""
     config = dataclasses.replace(config, checkpoint=checkpoint, reference=reference, output=storage.absolute(config.output),
-                                 sampling=dataclasses.replace(config.sampling, guide=guide))
+                                 sampling=sampling)
     facts = storage.read_json(storage.join(checkpoint, "state.json"))
-    check_weights(checkpoint, config.sampling.weights)
-    inputs = {"checkpoint": hash_of(checkpoint)}
-    if guide:
-        check_weights(guide, config.sampling.guide_weights)
-        check_guide(facts, guide)
-        inputs["guide"] = hash_of(guide)
     chunks.check_extractor(config.extractor, facts["image_size"])
     source = sources.open_source(config.reference)
     fingerprint = config_io.fingerprint([source.fingerprint, config.extractor, facts["image_size"],
@@ -89,8 +82,23 @@ def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
                 reference_folder=storage.join(storage.absolute(reference_root or config.output), f"reference-{fingerprint}"))
 
 
-def hash_of(checkpoint: str) -> str:
-    """Names the content of a checkpoint folder."""
+def resolve(checkpoint: str, sampling: SamplingConfig) -> tuple[str, SamplingConfig, dict[str, str]]:
+    """The checkpoint's URI, the settings with the guide's, and the hashes of both for the identity of what is drawn.
+
+    Raises ValueError for a checkpoint, weights or a guide that are not there, or a guide of other latents.
+    """
+    checkpoint = checkpoints.resolve(storage.absolute(checkpoint))
+    check_weights(checkpoint, sampling.weights)
+    inputs = {"checkpoint": _hash_of(checkpoint)}
+    if sampling.guide:
+        guide = checkpoints.resolve(storage.absolute(sampling.guide))
+        check_weights(guide, sampling.guide_weights)
+        check_guide(storage.read_json(storage.join(checkpoint, "state.json")), guide)
+        sampling, inputs["guide"] = dataclasses.replace(sampling, guide=guide), _hash_of(guide)
+    return checkpoint, sampling, inputs
+
+
+def _hash_of(checkpoint: str) -> str:
     return storage.sha256(storage.read_bytes(storage.join(checkpoint, checkpoints.CHECKSUMS)))[:16]
 
 
