@@ -13,6 +13,7 @@ from mdt_ray import config_io, presets
 from mdt_ray.config import (
     ConvertConfig,
     EvaluateConfig,
+    InpaintConfig,
     InspectConfig,
     PlanConfig,
     PrecomputeConfig,
@@ -46,6 +47,8 @@ JOBS = {
     "evaluate": Job(EvaluateConfig, "checkpoint -> samples -> FID, sFID, IS, precision, recall",
                     ("output", "checkpoint", "reference"), "evaluate"),
     "sample": Job(SampleConfig, "checkpoint -> pictures: a grid, PNGs, an npz", ("output", "checkpoint"), "sample"),
+    "inpaint": Job(InpaintConfig, "pictures with a part of them hidden -> pictures", ("output", "checkpoint", "images"),
+                   "inpaint"),
     "convert": Job(ConvertConfig, "weights of MDT, MDTv2, DiT or diffusers' DiT <-> checkpoints", ("output", "source"),
                    "convert"),
     "ema": Job(ReconstructConfig, "snapshots of a training run -> a checkpoint averaged over any length",

@@ -358,6 +358,40 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InpaintConfig:
+    """Job `inpaint`: pictures with a part of them hidden -> pictures."""
+
+    checkpoint: str = operational("")
+    """Checkpoint folder (URI), or a training output, whose newest checkpoint is taken."""
+    images: str = operational("")
+    """Pictures, as `precompute --source`: a file, a folder, Parquet; their content is part of the identity."""
+    output: str = operational("")
+    """Folder (URI) for images/ and grid.png."""
+    mask: str = operational("")
+    """Picture that is white where to fill in, for all; its content is part of the identity."""
+    mask_ratio: float | None = None
+    """Instead of a mask, the share of tokens to hide, drawn for each picture."""
+    classes: tuple[str, ...] = ()
+    """Name or number of the class of all pictures, or of each; none: the null label."""
+    num_images: int = 8
+    """The first pictures, of which all must be readable."""
+    seed: int = 0
+    """Picture i is drawn from seed + i."""
+    side_interpolator: bool | None = None
+    """Use the masked pass; None does where it sees the noise (MDTv2)."""
+    sampling: SamplingConfig = SamplingConfig(sampler="dpm-solver++", num_sampling_steps=50)
+    """The sampler."""
+
+    def __post_init__(self):
+        require(self.num_images > 0, "num_images", self.num_images, "must be positive")
+        require(len(self.classes) in (0, 1, self.num_images), "classes", self.classes,
+                f"must be none, one, or one for each of num_images = {self.num_images}")
+        require(not self.mask or self.mask_ratio is None, "mask_ratio", self.mask_ratio, "give it or a mask, not both")
+        require(not self.sampling.guide and self.sampling.cfg_interval is None, "sampling",
+                self.sampling.guide or self.sampling.cfg_interval, "inpainting has no guide and no interval; leave them out")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Job `evaluate`: checkpoint -> samples -> metrics."""
 

@@ -3,6 +3,7 @@
 import numbers
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mdt_ray import config_io
 
@@ -19,6 +20,17 @@ def id2label(class_names: Sequence[str]) -> dict[int, str]:
     """Class number -> name; ImageNet's synsets become their words."""
     words = imagenet_classes()
     return {number: words.get(name, name) for number, name in enumerate(class_names)}
+
+
+def asked_for(classes: Sequence[str], facts: dict[str, Any]) -> list[int]:
+    """Class numbers of numbers and names typed by people; `facts` is the state.json of a checkpoint.
+
+    Raises ValueError as `class_ids`, and where the model is unconditional.
+    """
+    if classes and not facts["num_classes"]:
+        raise ValueError(f"classes = {classes}: the model is unconditional; leave them out")
+    asked = [int(name) if name.isdigit() else name for name in classes]
+    return class_ids(asked, id2label(facts["class_names"]), facts["num_classes"])
 
 
 def class_ids(labels: Sequence[int | str], names: dict[int, str], num_classes: int) -> list[int]:

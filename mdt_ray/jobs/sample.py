@@ -36,7 +36,7 @@ def sample(config: SampleConfig) -> str:
     checkpoint, sampling, inputs = resolve(config.checkpoint, config.sampling)
     config = dataclasses.replace(config, checkpoint=checkpoint, sampling=sampling, output=storage.absolute(config.output))
     facts = storage.read_json(storage.join(checkpoint, "state.json"))
-    classes = _classes(config, facts)
+    classes = names.asked_for(config.classes, facts)
     run = run_folder.describe("sample", config, inputs)
     run_folder.check_identity(config.output, run)
     grid = storage.join(config.output, "grid.png")
@@ -58,13 +58,6 @@ def sample(config: SampleConfig) -> str:
         pictures = np.concatenate(parts)
         _write(config, pictures, labels.numpy(), names.id2label(facts["class_names"]) if facts["num_classes"] else {})
     return grid
-
-
-def _classes(config: SampleConfig, facts: dict) -> list[int]:
-    if config.classes and not facts["num_classes"]:
-        raise ValueError(f"classes = {config.classes}: the model is unconditional; leave them out")
-    asked = [int(name) if name.isdigit() else name for name in config.classes]
-    return names.class_ids(asked, names.id2label(facts["class_names"]), facts["num_classes"])
 
 
 def _write(config: SampleConfig, pictures: np.ndarray, labels: np.ndarray, words: dict[int, str]) -> None:
