@@ -1,6 +1,7 @@
 """Learning curves of AdamW, Adan and Muon on the embedded handwritten digits, each at its best learning rate.
 
     python benchmarks/optimizers.py [--quick] [--picture docs/optimizers.png]
+    python benchmarks/optimizers.py --times     # how long a step of each takes for MDT-S/2, and nothing else
 
 The digits preset's model, batch, warm-up and clipping, a cosine to the end of the run, without Ray. The best rate has the
 lowest loss of held-out images with fixed noise (of the averaged weights) at the end; it is run again with other seeds.
@@ -15,9 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mdt_ray.config import TrainConfig
+import torch
+from forward import medians
+
+from mdt_ray.config import OptimConfig, TrainConfig
 from mdt_ray.jobs.train import prepare
+from mdt_ray.models import MDT
 from mdt_ray.presets import preset
+from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.run import run_rank
 
 RATES = {"adamw": (8e-3, 1.6e-2, 3.2e-2), "adan": (1.6e-2, 3.2e-2, 6.4e-2), "muon": (4e-3, 8e-3, 1.6e-2)}
@@ -35,8 +41,11 @@ def curve(base: TrainConfig, folder: Path, name: str, lr: float, seed: int) -> C
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two rates, short runs, one seed: shows that it works")
+    parser.add_argument("--times", action="store_true")
     parser.add_argument("--picture", type=Path, help="PNG to draw the curves to")
     arguments = parser.parse_args()
+    if arguments.times:
+        return times()
     steps, seeds = (100, 1) if arguments.quick else (600, 3)
     digits = preset("digits")
     best: dict[str, tuple[float, list[Curve]]] = {}
@@ -72,6 +81,20 @@ def main() -> None:
                    [(points[0][0], statistics.mean(value for _, value in points))] if value <= target]
         figures[f"steps_of_{name}_for_adamws_end"] = reached[0] if reached else None
     print(json.dumps({"name": "optimizers", "steps": steps, "figures": figures}))
+
+
+def times() -> None:
+    """Milliseconds of the optimisers' own steps, without forward and backward passes."""
+    steps = {}
+    for name, compiled in (("adamw", False), ("adan", False), ("adan", True), ("muon", False)):
+        model = MDT()
+        optimizer = build_optimizer(model, OptimConfig(name=name), compiled)
+        optimizer.found_inf = torch.zeros(())
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        steps[name + " compiled" * compiled] = optimizer.step
+    found = {name: round(seconds * 1e3) for name, seconds in medians(steps, 9, lambda: None).items()}
+    print(json.dumps({"name": "optimizers", "milliseconds": found}))
 
 
 def draw(best: dict[str, tuple[float, list[Curve]]], path: Path) -> None:
