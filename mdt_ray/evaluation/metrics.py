@@ -1,4 +1,4 @@
-"""FID's distance, Inception Score, precision and recall: arrays in, floats out, equal to ADM's evaluator.
+"""FID's distance, Inception Score, precision and recall, KID: arrays in, floats out, equal to ADM's evaluator.
 
 Not a feature extractor and not a runner: features come from an `Extractor`, means and covariances from `statistics`.
 """
@@ -6,10 +6,12 @@ Not a feature extractor and not a runner: features come from an `Extractor`, mea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
 import scipy.special
+import scipy.stats
 
 from mdt_ray.evaluation.statistics import finite_matrix
 
@@ -89,10 +91,7 @@ def precision_recall(ref, samples, k: int = 3, *, block_size: int = 2048) -> tup
     ref, samples = finite_matrix("ref", ref), finite_matrix("samples", samples)
     _at_least("k", k, 1)
     _at_least("block_size", block_size, 1)
-    if ref.shape[1] != samples.shape[1]:
-        raise ValueError(
-            f"samples: got width {samples.shape[1]}, but it must be that of ref, {ref.shape[1]}; use one extractor"
-        )
+    _same_width(ref, samples)
     for field, value in (("ref", ref), ("samples", samples)):
         if len(value) <= k:
             raise ValueError(f"{field}: got {len(value)} rows, but k = {k} needs at least {k + 1}; add images")
@@ -108,6 +107,56 @@ def precision_recall(ref, samples, k: int = 3, *, block_size: int = 2048) -> tup
             samples_covered[columns] |= (distances <= radii_ref[rows, None]).any(axis=0)
             ref_covered[rows] |= (distances <= radii_samples[columns]).any(axis=1)
     return float(samples_covered.mean()), float(ref_covered.mean())
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95% confidence interval, nan where it cannot be told."""
+
+    value: float
+    low: float
+    high: float
+
+
+def kernel_distance(ref, samples, *, block_size: int = 1000, seed: int = 0) -> Interval:
+    """Kernel Inception distance: the unbiased squared MMD with the kernel (x . y / D + 1)^3 (arXiv 1801.01401, section 3).
+
+    ref: (N, D), samples: (M, D). Both sets are shuffled and cut into blocks of `block_size` that share no image (what is
+    left over is not used); the value is the mean over pairs of blocks. It may be negative: for equal distributions it is 0
+    on average. As the blocks are independent, Student's t over them gives the interval, from two blocks on.
+
+    Raises ValueError on widths that differ, fewer than two rows, block_size < 2, values not finite.
+    """
+    ref, samples = finite_matrix("ref", ref), finite_matrix("samples", samples)
+    _at_least("block_size", block_size, 2)
+    _same_width(ref, samples)
+    for field, value in (("ref", ref), ("samples", samples)):
+        if len(value) < 2:
+            raise ValueError(f"{field}: got {len(value)} rows, but at least 2 are needed; add images")
+    size = min(block_size, len(ref), len(samples))
+    number = min(len(ref), len(samples)) // size
+    generator = np.random.default_rng(seed)
+    orders = [generator.permutation(len(x))[:number * size].reshape(number, size) for x in (ref, samples)]
+    values = np.array([_squared_mmd(ref[a], samples[b]) for a, b in zip(*orders, strict=True)])  # (number,)
+    if number == 1:
+        return Interval(float(values[0]), float("nan"), float("nan"))
+    half = scipy.stats.t.ppf(0.975, number - 1) * values.std(ddof=1) / number**0.5
+    return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+
+
+def _squared_mmd(a: np.ndarray, b: np.ndarray) -> float:
+    """Unbiased squared MMD of two sets of as many rows, (n, D) each: no point is compared with itself."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    count, width = a.shape
+    within = [(x @ x.T / width + 1) ** 3 for x in (a, b)]  # (n, n)
+    own = sum((kernel.sum() - np.trace(kernel)) / (count * (count - 1)) for kernel in within)
+    return own - 2 * ((a @ b.T / width + 1) ** 3).mean()
+
+
+def _same_width(ref: np.ndarray, samples: np.ndarray) -> None:
+    if ref.shape[1] != samples.shape[1]:
+        raise ValueError(
+            f"samples: got width {samples.shape[1]}, but it must be that of ref, {ref.shape[1]}; use one extractor"
+        )
 
 
 def _radii(points: np.ndarray, k: int, block_size: int, exponent: int) -> np.ndarray:

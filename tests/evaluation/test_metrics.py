@@ -297,3 +297,36 @@ def test_precision_recall_memory_is_bounded_by_the_block():
 def test_precision_recall_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         precision_recall(**({"ref": np.zeros((5, 2)), "samples": np.zeros((5, 2))} | change))
+
+
+# KID
+
+
+def test_kernel_distance_by_hand():
+    """Two points each: k(x, y) = (x . y / 2 + 1)^3."""
+    ref, samples = np.array([[0.0, 0.0], [2.0, 0.0]]), np.array([[2.0, 2.0], [0.0, 2.0]])
+    cross = np.mean([1.0, 1.0, 3.0**3, 1.0])  # 0, 0; 2 . 2 / 2 + 1 = 3; 0
+    found = metrics.kernel_distance(ref, samples)
+    assert found.value == pytest.approx(1.0 + 3.0**3 - 2 * cross)
+    assert np.isnan([found.low, found.high]).all()
+
+
+def test_kernel_distance_is_zero_on_average_and_its_interval_covers_it():
+    """95% of intervals hold the true value, 0 for one distribution; and none does for another one."""
+    covered, values = 0, []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        a, b = rng.normal(size=(2, 400, 8))
+        found = metrics.kernel_distance(a, b, block_size=50)
+        covered += found.low <= 0 <= found.high
+        values.append(found.value)
+        assert metrics.kernel_distance(a, b + 0.5, block_size=50).low > 0
+    assert covered >= 52
+    assert abs(np.mean(values)) < 3 * np.std(values) / 60**0.5
+
+
+def test_kernel_distance_refuses():
+    with pytest.raises(ValueError, match="use one extractor"):
+        metrics.kernel_distance(np.ones((5, 2)), np.ones((5, 3)))
+    with pytest.raises(ValueError, match="samples: got 1 rows, but at least 2 are needed"):
+        metrics.kernel_distance(np.ones((5, 2)), np.ones((1, 2)))
