@@ -1,9 +1,9 @@
 """An evaluation's unit of work: a range of images becomes one file of features, and the files become metrics.
 
-No Ray: jobs/evaluate.py hands the ranges out. Files are safetensors: pool, spatial, logits, labels, and the first images.
+No Ray: jobs/evaluate.py hands the ranges out. Files are safetensors: the arrays of `Measured`, and the first images.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,14 @@ from mdt_ray import storage
 from mdt_ray.config import EvaluateConfig
 from mdt_ray.data import images
 from mdt_ray.data.readers import Piece
-from mdt_ray.evaluation import metrics
+from mdt_ray.evaluation import gate, metrics
 from mdt_ray.evaluation.digits import IMAGE_SIZE, load_digits_features
 from mdt_ray.evaluation.features import Extractor
 from mdt_ray.evaluation.statistics import FeatureStatistics
 from mdt_ray.inference.sampler import Sampler, labels_of
 
+FORMAT = 2
+"""Of a chunk's file, part of the identity of evaluations: older chunks hold other arrays."""
 EXTRACTORS = {"digits": load_digits_features}
 IMAGE_SIZES = {"digits": IMAGE_SIZE}
 """Side of the images that an extractor reads; absent for one that resizes by itself."""
@@ -34,6 +36,13 @@ class Measured:
     spatial: np.ndarray  # (N, S) float32
     logits: np.ndarray  # (N, num_classes) float32
     labels: np.ndarray  # (N,) int64
+    digests: np.ndarray  # (N,) uint64
+    flat: np.ndarray  # (N,) bool
+
+    @property
+    def facts(self) -> gate.Facts:
+        finite = np.stack([np.isfinite(x).all(axis=1) for x in (self.pool, self.spatial, self.logits)]).all(axis=0)
+        return gate.Facts(digests=self.digests, flat=self.flat, finite=finite, labels=self.labels)
 
 
 def check_extractor(name: str, image_size: int) -> None:
@@ -50,7 +59,9 @@ def measure(extractor: Extractor, pictures: torch.Tensor, labels: torch.Tensor, 
     parts = [extractor(part) for part in pictures.split(batch_size)]
     arrays = {name: torch.cat([getattr(p, name) for p in parts]).cpu().numpy() for name in ("pool", "spatial", "logits")}
     arrays["labels"] = labels.numpy()
-    arrays["images"] = np.ascontiguousarray(pictures[:max(num_kept, 0)].permute(0, 2, 3, 1).numpy())
+    pixels = np.ascontiguousarray(pictures.permute(0, 2, 3, 1).numpy())  # (N, H, W, 3)
+    arrays |= {"digests": gate.digests_of(pixels), "flat": gate.flat_of(pixels)}
+    arrays["images"] = pixels[:max(num_kept, 0)].copy()
     return arrays
 
 
@@ -77,7 +88,7 @@ def write_chunk(uri: str, arrays: dict[str, np.ndarray]) -> None:
 def read_chunks(uris: list[str]) -> Measured:
     """The features of all chunks, in the order given."""
     parts = [load_safetensors(storage.read_bytes(uri)) for uri in uris]
-    return Measured(**{name: np.concatenate([p[name] for p in parts]) for name in ("pool", "spatial", "logits", "labels")})
+    return Measured(**{f.name: np.concatenate([p[f.name] for p in parts]) for f in fields(Measured)})
 
 
 def kept_images(uris: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ from mdt_ray.config import EvaluateConfig, SamplingConfig
 from mdt_ray.data import listings, readers, sources
 from mdt_ray.data.listings import Listing
 from mdt_ray.data.sources import Source
-from mdt_ray.evaluation import chunks
+from mdt_ray.evaluation import chunks, gate
 from mdt_ray.inference.sampler import Sampler, check_guide, check_weights
 from mdt_ray.jobs import fanout, progress, session
 from mdt_ray.training.run import autocast_dtype
@@ -38,8 +38,8 @@ class Plan:
     run: dict
     facts: dict
     """state.json of the checkpoint."""
-    inputs: dict[str, str]
-    """Hashes of what is read: checkpoint, guide, reference."""
+    inputs: dict[str, Any]
+    """Hashes of what is read (checkpoint, guide, reference), and the format of the chunks."""
     source: Source
     """The real images."""
     listing: Listing
@@ -74,9 +74,9 @@ def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
     facts = storage.read_json(storage.join(checkpoint, "state.json"))
     chunks.check_extractor(config.extractor, facts["image_size"])
     source = sources.open_source(config.reference)
-    fingerprint = config_io.fingerprint([source.fingerprint, config.extractor, facts["image_size"],
-                                         config.chunk_size])
-    inputs["reference"] = fingerprint
+    fingerprint = config_io.fingerprint([source.fingerprint, config.extractor, facts["image_size"], config.chunk_size,
+                                         chunks.FORMAT])
+    inputs |= {"reference": fingerprint, "format": chunks.FORMAT}
     run = run_folder.describe("evaluate", config, inputs)
     return Plan(config=config, run=run, facts=facts, inputs=inputs, source=source, listing=listings.list_images(source),
                 reference_folder=storage.join(storage.absolute(reference_root or config.output), f"reference-{fingerprint}"))
@@ -165,6 +165,11 @@ def _write_metrics(p: Plan, seconds: float) -> None:
     config = p.config
     samples = chunks.read_chunks(list(p.sample_uris()))
     reference = chunks.read_chunks(list(p.reference_uris()))
+    wrong = gate.reasons(samples.facts, num_expected=config.num_samples, num_classes=p.facts["num_classes"],
+                         labels=config.labels)
+    wrong += [f"the reference: {reason}" for reason in gate.reasons(reference.facts, num_expected=len(reference.labels))]
+    if wrong:
+        raise ValueError(f"{config.output}: these images give no metrics:\n  " + "\n  ".join(wrong))
     values = chunks.compute_metrics(samples, reference, config.extractor)
     facts = {
         "checkpoint": {"uri": config.checkpoint, "hash": p.inputs["checkpoint"], "step": p.facts["step"]},

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -101,6 +102,19 @@ def test_an_evaluation_names_its_guide(checkpoint, tmp_path):
     assert plans[2].config.sampling.guide == other
     found = evaluate_many([evaluation(checkpoint, tmp_path / "b", sampling=guides[1], num_samples=20)], pool=False)[0]
     assert found["guide"] == {"uri": other, "hash": plans[1].inputs["guide"]}
+
+
+def test_images_that_cannot_be_judged_are_refused(checkpoint, tmp_path):
+    """A sampler that draws one grey image again and again."""
+    def grey(self, first, labels, seed) -> torch.Tensor:
+        return torch.full((len(labels), 3, 32, 32), 7, dtype=torch.uint8)
+
+    with mock.patch.object(Sampler, "draw", grey), pytest.raises(ValueError, match="these images give no metrics:") as error:
+        evaluate_many([evaluation(checkpoint, tmp_path)], pool=False)
+    copies, flat = str(error.value).splitlines()[1:]
+    assert copies.startswith("  59 of 60 images are copies of others")
+    assert flat.startswith("  60 of 60 images have one colour only")
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_an_unconditional_model_is_evaluated_without_labels(tmp_path):
