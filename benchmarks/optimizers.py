@@ -26,7 +26,7 @@ from mdt_ray.presets import preset
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.run import run_rank
 
-RATES = {"adamw": (8e-3, 1.6e-2, 3.2e-2), "adan": (1.6e-2, 3.2e-2, 6.4e-2), "muon": (4e-3, 8e-3, 1.6e-2)}
+RATES = {"adamw": (8e-3, 1.6e-2, 3.2e-2), "adan": (1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1), "muon": (4e-3, 8e-3, 1.6e-2)}
 Curve = list[tuple[int, float]]
 
 
