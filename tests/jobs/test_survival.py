@@ -134,7 +134,7 @@ def test_a_second_signal_does_not_wait_for_a_worker_that_cannot_write(folder):
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_noticed_and_all_go_on(folder):
-    """One of two workers is stopped (SIGSTOP); the other waits for it in the all-reduce, says so, and both are replaced."""
+    """One of two workers is stopped (SIGSTOP); the other waits in a collective call, says so, and both are replaced."""
     name = "hang"
     process = start(command(folder, name, "--num-steps", "400", "--checkpoint-every-steps", "10", "--hang-timeout-s", "15",
                             "--workers.num-workers", "2"))
@@ -145,7 +145,8 @@ def test_a_worker_that_hangs_is_noticed_and_all_go_on(folder):
     assert process.returncode == 0, text
     stacks = list((folder / name / "stacks").glob("*.txt"))
     assert len(stacks) >= 1
-    assert "all_reduce" in stacks[0].read_text() or "backward" in stacks[0].read_text()
+    # Of gradients or of buffers, in the backward pass, or the question whether to stop.
+    assert any(words in stacks[0].read_text() for words in ("all_reduce", "backward", "nn/parallel/distributed.py"))
     assert "where it hung, by rank: " in text
     assert "going on from the checkpoint of step" in text
     assert not psutil.pid_exists(stopped)
