@@ -76,10 +76,9 @@ def main() -> None:
     target = statistics.mean(ends["adamw"])
     figures = {f"val_loss_{name}": round(statistics.mean(values), 4) for name, values in ends.items()}
     for name in ("adan", "muon"):
-        curves = best[name][1]
-        reached = [step for points in zip(*curves, strict=True) for step, value in
-                   [(points[0][0], statistics.mean(value for _, value in points))] if value <= target]
-        figures[f"steps_of_{name}_for_adamws_end"] = reached[0] if reached else None
+        rows = zip(*best[name][1], strict=True)  # (step, loss) of all seeds
+        reached = (row[0][0] for row in rows if statistics.mean(loss for _, loss in row) <= target)
+        figures[f"steps_of_{name}_for_adamws_end"] = next(reached, None)
     print(json.dumps({"name": "optimizers", "steps": steps, "figures": figures}))
 
 

@@ -65,7 +65,7 @@ class Ours:
             compile_blocks(model)
         averages = build_averages(model, config.ema)
         self.state = TrainState(model=model, ema=averages.pop("ema"), more_ema=averages,
-                                optimizer=build_optimizer(model, config.optim))
+                                optimizer=build_optimizer(model, config.optim, config.compile))
         self.step = TrainingStep(model, config.loss, autocast_dtype(config.precision, device))
 
     def run(self, batch: Batch, num_steps: int) -> None:

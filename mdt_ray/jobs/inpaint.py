@@ -5,8 +5,6 @@
     grid.png      a row for each picture: as it was, what was hidden, filled in; written last
 """
 
-import io
-
 import numpy as np
 import torch
 from PIL import Image
@@ -57,10 +55,8 @@ def inpaint(config: InpaintConfig) -> str:
             guidance_channels=config.sampling.cfg_channels, num_inference_steps=config.sampling.num_sampling_steps,
             generator=_generators(config, len(known)), side_interpolator=config.side_interpolator, output_type="np").images
         filled = (filled * 255).round().astype(np.uint8)  # (N, H, W, 3)
-        for i, picture in enumerate(filled):
-            file = io.BytesIO()
-            Image.fromarray(picture).save(file, "PNG")
-            storage.write_bytes(storage.join(output, "images", f"{i:06d}.png"), file.getvalue())
+        for i, pixels in enumerate(filled):
+            storage.write_bytes(storage.join(output, "images", f"{i:06d}.png"), figures.picture(pixels))
         seen = np.where(white[..., None], GREY, known).astype(np.uint8)
         rows = [np.stack(row) for row in zip(known, seen, filled, strict=True)]
         storage.write_bytes(grid, figures.grid(rows, [str(i) for i in range(len(rows))], ["picture", "masked", "filled in"],

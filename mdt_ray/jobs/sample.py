@@ -11,7 +11,6 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from mdt_ray import run_folder, storage
@@ -61,11 +60,9 @@ def sample(config: SampleConfig) -> str:
 
 
 def _write(config: SampleConfig, pictures: np.ndarray, labels: np.ndarray, words: dict[int, str]) -> None:
-    for i, (picture, label) in enumerate(zip(pictures, labels.tolist(), strict=True)):
+    for i, (pixels, label) in enumerate(zip(pictures, labels.tolist(), strict=True)):
         name = f"{i:06d}-{label}.png" if label >= 0 else f"{i:06d}.png"
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, "PNG")
-        storage.write_bytes(storage.join(config.output, "images", name), file.getvalue())
+        storage.write_bytes(storage.join(config.output, "images", name), figures.picture(pixels))
     if config.classes:
         rows = [pictures[labels == label][:COLUMNS] for label in dict.fromkeys(labels.tolist())]
         titles = [words[label].partition(",")[0] for label in dict.fromkeys(labels.tolist())]

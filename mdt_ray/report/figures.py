@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
+from PIL import Image
 
 INK, MUTED, GRID = "#1c2733", "#5b6b7b", "#e3e8ee"
 SERIES = ("#2463a8", "#d1602c", "#3a8f5f", "#8a4fa3")
@@ -28,6 +29,13 @@ def curves(series: dict[str, tuple[Sequence[float], Sequence[float]]], x_label: 
     axes.set_ylabel(y_label)
     axes.legend(frameon=False, fontsize=9)
     return _png(figure)
+
+
+def picture(pixels: np.ndarray) -> bytes:
+    """One image (H, W, 3) uint8, pixel for pixel."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def grid(rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[str] = (), scale: float = 0.52) -> bytes:

@@ -29,11 +29,11 @@ class Skipping(torch.optim.Optimizer):
                              f"{type(self).__name__}")
         return grads, grads[0].new_zeros((), dtype=torch.bool) if self.found_inf is None else self.found_inf.bool()
 
-    def values(self, group: dict, name: str) -> Tensors:
-        """A tensor of state for every parameter, zeros at first."""
+    def values(self, group: dict, name: str, scalar: bool = False) -> Tensors:
+        """A tensor of state for every parameter, of its shape or a scalar, zeros at first."""
         for p in group["params"]:
             if name not in self.state[p]:
-                self.state[p][name] = torch.zeros_like(p)
+                self.state[p][name] = p.new_zeros(()) if scalar else torch.zeros_like(p)
         return [self.state[p][name] for p in group["params"]]
 
 
@@ -124,16 +124,9 @@ class Muon(Skipping):
         self._update_matrices(matrices)
         (b1, b2), lr = rest["betas"], rest["lr"]
         (grads, _), moments = self.gradients(rest), [self.values(rest, name) for name in ("exp_avg", "exp_avg_sq")]
-        adamw(rest["params"], grads, *moments, [], self.counts(rest), fused=True,
-              found_inf=self.found_inf, amsgrad=False, beta1=b1, beta2=b2, lr=lr, weight_decay=rest["weight_decay"],
-              eps=rest["eps"], maximize=False)
-
-    def counts(self, group: dict) -> Tensors:
-        """Numbers of steps taken, a scalar for every parameter. (Not `step`: torch leaves that on the CPU when it loads.)"""
-        for p in group["params"]:
-            if "num_updates" not in self.state[p]:
-                self.state[p]["num_updates"] = torch.zeros((), device=p.device)
-        return [self.state[p]["num_updates"] for p in group["params"]]
+        counts = self.values(rest, "num_updates", scalar=True)  # (not `step`: torch leaves that on the CPU when it loads)
+        adamw(rest["params"], grads, *moments, [], counts, fused=True, found_inf=self.found_inf, amsgrad=False,
+              beta1=b1, beta2=b2, lr=lr, weight_decay=rest["weight_decay"], eps=rest["eps"], maximize=False)
 
     def _update_matrices(self, group: dict) -> None:
         params, momentum, lr = group["params"], group["momentum"], group["lr"]
