@@ -4,12 +4,13 @@ B batch, C latent channels, h x w latent, H x W image.
 """
 
 import tempfile
+from dataclasses import dataclass
 
 import torch
 
 from mdt_ray import storage
 from mdt_ray.config import SamplingConfig, VaeConfig
-from mdt_ray.data.vae import load_vae
+from mdt_ray.data.vae import Vae, load_vae
 from mdt_ray.diffusion.guidance import Denoiser, guided
 from mdt_ray.diffusion.sampling import make_scheduler, sample
 from mdt_ray.models import MDT, DiT
@@ -63,45 +64,95 @@ def _generator(seed: int, stream: str) -> torch.Generator:
     return torch.Generator().manual_seed(2 * seed + (stream == "label"))
 
 
-class Sampler:
-    """Draws images from one checkpoint. Loading is done once, in the constructor."""
+@dataclass(frozen=True)
+class Networks:
+    """What a sampler computes with; loaded once, however many settings it is used with."""
 
-    def __init__(self, checkpoint: str, config: SamplingConfig, device: str | torch.device = "cpu",
-                 autocast_dtype: torch.dtype | None = None):
-        facts = storage.read_json(storage.join(checkpoint, "state.json"))
-        self.config, self.device, self.autocast_dtype = config, torch.device(device), autocast_dtype
-        self.num_classes, self.latent_shape = facts["num_classes"], tuple(facts["latent_shape"])
-        self.model = load_model(checkpoint, config.weights).to(self.device)
-        self.vae = load_vae(VaeConfig(path=facts["vae"]["path"], revision=facts["vae"]["revision"]), device)
-        if facts["vae"]["weights_hash"] not in (None, self.vae.weights_hash):  # (a converted checkpoint does not say)
-            raise ValueError(f"vae {facts['vae']['path']!r}: not the weights that the latents were made with; "
-                             "fix its revision, or bring back the folder as it was")
-        self.guide = None
-        if config.guide:
-            check_guide(facts, config.guide)
-            self.guide = load_model(config.guide, config.guide_weights).to(self.device)
-        elif config.cfg_scale != 1 and not self.num_classes:
-            raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model is unconditional; use cfg_scale 1, or a "
-                             "guide")
-        elif config.cfg_scale != 1 and not self.model.config.class_dropout_prob:
-            raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model was trained without label dropout, so it "
-                             "has no null label to be guided by; use cfg_scale 1, or a guide")
+    model: MDT | DiT
+    guide: MDT | DiT | None
+    facts: dict
+    """state.json of the checkpoint."""
+    device: torch.device
+    autocast_dtype: torch.dtype | None
 
-    def draw(self, first: int, labels: torch.Tensor, seed: int) -> torch.Tensor:
-        """Images first, first + 1, ... with the given labels (B,): (B, 3, H, W) uint8."""
-        generators = [_generator(seed + first + i, "noise") for i in range(len(labels))]
-        noise = torch.stack([torch.randn(self.latent_shape, generator=g) for g in generators])  # (B, C, h, w)
-        config, denoiser = self.config, self._denoiser(self.model)
-        if config.cfg_scale != 1:
-            denoiser = guided(denoiser, self.num_classes, config.cfg_scale, config.cfg_power, config.cfg_channels,
-                              config.cfg_interval, self.guide and self._denoiser(self.guide))
-        latents = sample(denoiser, noise.to(self.device), labels.to(self.device),
-                         make_scheduler(config.sampler), config.num_sampling_steps, generators)
-        return self.vae.decode(latents, config.round_pixels).cpu()
+    @property
+    def num_classes(self) -> int:
+        return self.facts["num_classes"]
 
-    def _denoiser(self, model: MDT | DiT) -> Denoiser:
+    def denoiser(self, model: MDT | DiT) -> Denoiser:
+        """The model, or the guide, in the precision asked for."""
         def denoise(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 return model(x, t, y)
 
         return denoise
+
+
+def load_networks(checkpoint: str, config: SamplingConfig, device: str | torch.device = "cpu",
+                  autocast_dtype: torch.dtype | None = None) -> Networks:
+    """The model of a checkpoint (URI) and, where the settings name one, its guide.
+
+    Raises ValueError for weights that are not there, and a guide of other latents.
+    """
+    facts, device = storage.read_json(storage.join(checkpoint, "state.json")), torch.device(device)
+    if config.guide:
+        check_guide(facts, config.guide)
+    guide = load_model(config.guide, config.guide_weights).to(device) if config.guide else None
+    return Networks(load_model(checkpoint, config.weights).to(device), guide, facts, device, autocast_dtype)
+
+
+def load_decoder(facts: dict, device: str | torch.device = "cpu") -> Vae:
+    """The autoencoder of a checkpoint's latents. Raises ValueError where its weights are other ones by now."""
+    vae = load_vae(VaeConfig(path=facts["vae"]["path"], revision=facts["vae"]["revision"]), device)
+    if facts["vae"]["weights_hash"] not in (None, vae.weights_hash):  # (a converted checkpoint does not say)
+        raise ValueError(f"vae {facts['vae']['path']!r}: not the weights that the latents were made with; "
+                         "fix its revision, or bring back the folder as it was")
+    return vae
+
+
+def check_guidance(config: SamplingConfig, networks: Networks) -> None:
+    """Raise ValueError where the model has nothing to be guided by."""
+    if config.cfg_scale == 1 or networks.guide is not None:
+        return
+    if not networks.num_classes:
+        raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model is unconditional; use cfg_scale 1, or a guide")
+    if not networks.model.config.class_dropout_prob:
+        raise ValueError(f"sampling.cfg_scale = {config.cfg_scale}: the model was trained without label dropout, so it "
+                         "has no null label to be guided by; use cfg_scale 1, or a guide")
+
+
+def draw_latents(networks: Networks, config: SamplingConfig, first: int, labels: torch.Tensor, seed: int) -> torch.Tensor:
+    """Scaled latents of images first, first + 1, ... with the given labels (B,): (B, C, h, w) float32.
+
+    Raises ValueError as `check_guidance`.
+    """
+    check_guidance(config, networks)
+    generators = [_generator(seed + first + i, "noise") for i in range(len(labels))]
+    shape = tuple(networks.facts["latent_shape"])
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])  # (B, C, h, w)
+    denoiser = networks.denoiser(networks.model)
+    if config.cfg_scale != 1:
+        denoiser = guided(denoiser, networks.num_classes, config.cfg_scale, config.cfg_power, config.cfg_channels,
+                          config.cfg_interval, networks.guide and networks.denoiser(networks.guide))
+    return sample(denoiser, noise.to(networks.device), labels.to(networks.device), make_scheduler(config.sampler),
+                  config.num_sampling_steps, generators)
+
+
+class Sampler:
+    """Draws images from one checkpoint. Loading is done once, in the constructor."""
+
+    def __init__(self, checkpoint: str, config: SamplingConfig, device: str | torch.device = "cpu",
+                 autocast_dtype: torch.dtype | None = None):
+        self.config = config
+        self.networks = load_networks(checkpoint, config, device, autocast_dtype)
+        check_guidance(config, self.networks)
+        self.vae = load_decoder(self.networks.facts, device)
+
+    @property
+    def num_classes(self) -> int:
+        return self.networks.num_classes
+
+    def draw(self, first: int, labels: torch.Tensor, seed: int) -> torch.Tensor:
+        """Images first, first + 1, ... with the given labels (B,): (B, 3, H, W) uint8."""
+        latents = draw_latents(self.networks, self.config, first, labels, seed)
+        return self.vae.decode(latents, self.config.round_pixels).cpu()
