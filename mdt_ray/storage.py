@@ -8,13 +8,19 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+
+UPLOAD_BYTES = 16 * 2**20
+"""Of a local file that are in memory at once while it goes to an object store."""
 
 
 def absolute(uri: str) -> str:
@@ -89,26 +95,54 @@ def read_json(uri: str) -> Any:
 def write_bytes(uri: str, data: bytes) -> None:
     """Create or replace a file, whole. Raises OSError naming the file and what to do, with nothing half-written left."""
     fs, path = resolve(uri)
-    try:
+    with _naming(uri):
         if isinstance(fs, pafs.LocalFileSystem):
             _write_local(path, data)
         else:
-            _write_object(fs, path, data)
+            _write_object(fs, path, [data], len(data))
+
+
+@contextmanager
+def create_file(uri: str) -> Iterator[Path]:
+    """A local path to write a file of any size at, piece by piece; it becomes the file at `uri`, whole, where the block ends
+    without an error, and else is deleted. Raises OSError as `write_bytes`."""
+    fs, path = resolve(uri)
+    is_there = isinstance(fs, pafs.LocalFileSystem)
+    temporary = Path(_temporary(path if is_there else os.path.join(tempfile.gettempdir(), Path(path).name)))
+    try:
+        with _naming(uri):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if is_there:
+                os.replace(temporary, path)
+            else:
+                with temporary.open("rb") as file:
+                    parts = iter(lambda: file.read(UPLOAD_BYTES), b"")
+                    _write_object(fs, path, parts, temporary.stat().st_size)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(uri: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OSError(f"{uri}: could not be written ({error.strerror or error}); make room or mend the access, and run the "
                       "same command again") from error
 
 
-def _write_object(fs: pafs.FileSystem, path: str, data: bytes) -> None:
+def _write_object(fs: pafs.FileSystem, path: str, parts: Iterable[bytes], size: int) -> None:
     try:
         with fs.open_output_stream(path) as stream:
-            stream.write(data)
+            for part in parts:
+                stream.write(part)
     finally:
         # A stream that is closed after a failed write may have completed an upload that lacks its end.
         info = fs.get_file_info(path)
-        if info.is_file and info.size != len(data):
+        if info.is_file and info.size != size:
             fs.delete_file(path)
-            raise OSError(f"{info.size} bytes arrived of {len(data)}")
+            raise OSError(f"{info.size} bytes arrived of {size}")
 
 
 def _write_local(path: str, data: bytes) -> None:

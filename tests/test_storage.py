@@ -3,6 +3,7 @@
 import pytest
 
 from mdt_ray import storage
+from tests import s3
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path):
@@ -20,6 +21,63 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         storage.write_bytes(uri, "not bytes")
     assert storage.read_bytes(uri) == b"old"
     assert storage.list_names(str(tmp_path)) == ["b.bin"]
+
+
+def test_a_file_made_piece_by_piece_appears_whole(tmp_path):
+    uri = str(tmp_path / "a" / "b.bin")
+    storage.write_bytes(uri, b"old")
+    with storage.create_file(uri) as path:
+        path.write_bytes(b"one")
+        assert storage.read_bytes(uri) == b"old"
+        assert path.parent == tmp_path / "a", "a rename within one disk"
+        with path.open("ab") as file:
+            file.write(b", two")
+    assert storage.read_bytes(uri) == b"one, two"
+    assert storage.list_names(str(tmp_path / "a")) == ["b.bin"]
+
+
+def fail_halfway(uri, error):
+    with storage.create_file(uri) as path:
+        path.write_bytes(b"half")
+        raise error
+
+
+@pytest.mark.parametrize(("error", "expected", "message"), [
+    (ValueError("bad part"), ValueError, "^bad part$"),
+    (OSError(28, "No space left on device"), OSError, r"b.bin: could not be written \(No space left on device\); make room"),
+])
+def test_a_file_that_fails_halfway_keeps_the_old_one(tmp_path, error, expected, message):
+    uri = str(tmp_path / "b.bin")
+    storage.write_bytes(uri, b"old")
+    with pytest.raises(expected, match=message):
+        fail_halfway(uri, error)
+    assert storage.read_bytes(uri) == b"old"
+    assert storage.list_names(str(tmp_path)) == ["b.bin"]
+
+
+def test_what_a_killed_maker_left_is_cleared(tmp_path):
+    with storage.create_file(str(tmp_path / "b.bin")) as path:
+        path.write_bytes(b"half")
+        storage.clear_leftovers(str(tmp_path))
+        assert storage.list_names(str(tmp_path)) == []
+        path.write_bytes(b"whole")
+
+
+def test_a_file_goes_to_a_store_in_parts(tmp_path, monkeypatch):
+    for name, value in s3.KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "UPLOAD_BYTES", 1000)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    data = bytes(range(256)) * 41
+    with s3.serve() as store:
+        with storage.create_file(store.uri("a/b.bin")) as path:
+            path.write_bytes(data)
+            assert store.objects("a") == {}
+        assert store.objects("a") == {"b.bin": data}
+        with pytest.raises(ValueError, match="bad part"):
+            fail_halfway(store.uri("a/c.bin"), ValueError("bad part"))
+        assert list(store.objects("a")) == ["b.bin"]
+    assert list(tmp_path.iterdir()) == [], "no temporary file is left"
 
 
 def test_folders_are_published_whole(tmp_path):
