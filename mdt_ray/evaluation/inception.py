@@ -14,8 +14,7 @@ import logging
 import re
 import shlex
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,6 +24,7 @@ from torch import nn
 
 from mdt_ray import storage
 from mdt_ray.evaluation.features import Features
+from mdt_ray.evaluation.precision import full_float32
 
 logger = logging.getLogger(__name__)
 
@@ -154,15 +154,19 @@ class Inception(nn.Module):
             channels = block.out_channels
         self.fc = nn.Linear(NUM_POOL, NUM_CLASSES)
         if state_dict is not None:
-            self._load(state_dict)
+            self.check(state_dict)
+            self.load_state_dict(state_dict, strict=False)
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Inception:
         """Stays in eval mode, whatever `mode`: a model that holds this network may be switched to training."""
         return super().train(False)
 
-    def _load(self, given: Mapping[str, torch.Tensor]) -> None:
-        """Counters of batches mean nothing in eval mode: they may be there or not."""
+    def check(self, given: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError unless `given` is this network's state dict, key for key and shape for shape.
+
+        Counters of batches mean nothing in eval mode: they may be there or not.
+        """
         own = self.state_dict()
         problems = {
             "missing": [k for k in own if k not in given and not k.endswith(".num_batches_tracked")],
@@ -173,7 +177,6 @@ class Inception(nn.Module):
         if any(problems.values()):
             found = "; ".join(f"{len(keys)} keys {what} (first: {keys[0]})" for what, keys in problems.items() if keys)
             raise ValueError(f"state_dict: not that of the 2015-12-05 Inception-v3: {found}")
-        self.load_state_dict(given, strict=False)
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> Features:
@@ -183,7 +186,7 @@ class Inception(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
             raise ValueError(f"images must have shape (B, 3, H, W) with H, W >= 1, got {tuple(images.shape)}")
         device = self.fc.weight.device
-        with torch.autocast(device.type, enabled=False), _full_float32():
+        with torch.autocast(device.type, enabled=False), full_float32():
             x = resize_tf1(images.to(device=device, dtype=torch.float32), IMAGE_SIZE)  # (B, 3, 299, 299)
             x = (x - 128) / 128
             if device.type == "cpu":  # a third faster there (EPYC, one thread: 78 ms an image instead of 110)
@@ -206,20 +209,6 @@ class Inception(nn.Module):
         # Without bias, as Inception Score has always been computed. As a 1x1 convolution: one guard against TF32 is enough.
         logits = F.conv2d(x, self.fc.weight[:, :, None, None])  # (B, 1008, 1, 1)
         return Features(x.flatten(1), spatial, logits.flatten(1))
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32 or bfloat16 inside float32 convolutions: cuDNN's default is TF32, with 10 bits of mantissa."""
-    backends = (torch.backends.cudnn.conv, torch.backends.mkldnn.conv)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def resize_tf1(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -251,6 +240,13 @@ def load_inception(weights: str | Path | None = None, sha256: str | None = None,
     Raises ValueError, naming the file, if it is not there (with the command that fetches it), cannot be downloaded,
     has another checksum, or holds no state dict of this network. What fails never enters the cache.
     """
+    state_dict, _ = read_inception_weights(weights, sha256)
+    return Inception(state_dict).to(device)
+
+
+def read_inception_weights(weights: str | Path | None = None,
+                           sha256: str | None = None) -> tuple[Mapping[str, torch.Tensor], str]:
+    """What `load_inception` would load: the state dict, checked, and its file's sha256; downloads and raises as it does."""
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(f"sha256 must be 64 lower-case hex digits, got {sha256!r}")
     cache = Path(torch.hub.get_dir()) / "checkpoints"
@@ -272,13 +268,15 @@ def load_inception(weights: str | Path | None = None, sha256: str | None = None,
         raise ValueError(f"Inception weights: {origin} has sha256 {found}, but it must be (or begin with) {expected}; "
                          f"if the file is damaged, delete it and fetch it with: {command}")
     try:
-        network = Inception(_read_state_dict(data)).to(device)
+        state_dict = _read_state_dict(data)
+        with torch.device("meta"):  # names and shapes, without memory for weights
+            Inception().check(state_dict)
     except ValueError as error:
         raise ValueError(f"Inception weights: {origin}: {error}") from error
     if download:
         storage.write_bytes(location, data)
     logger.info("Inception weights: %s, sha256 %s", location, found)
-    return network
+    return state_dict, found
 
 
 def _download(url: str) -> bytes:
