@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import nn
 
+from mdt_ray import storage
 from mdt_ray.data.sources import DIGITS
 from mdt_ray.evaluation.features import Features
 
@@ -22,6 +24,7 @@ NUM_CLASSES = 10
 NUM_POOL = 64  # D
 NUM_SPATIAL_CHANNELS = 8  # S = 8 * 4 * 4 = 128, as sFID takes the first 7 channels of Inception's 17x17 map
 WIDTHS = (24, 48, 48)
+REMEDY = "name no file to take the one in the package"
 
 
 def is_held_out(index: int) -> bool:
@@ -73,8 +76,24 @@ class DigitsFeatures(nn.Module):
         return Features(pool, spatial, self.head(F.silu(pool)))  # logits: (B, 10)
 
 
-def load_digits_features(path: str | Path | None = None) -> DigitsFeatures:
-    """The trained network, in eval mode and without gradients, from `path` or from the weights in the package."""
+def load_digits_features(weights: str | Path | None = None) -> DigitsFeatures:
+    """The trained network, in eval mode and without gradients; from the package, or a file that `storage` opens.
+
+    Raises ValueError, naming the file, if it is not there or holds no weights of this network.
+    """
     network = DigitsFeatures()
-    network.load_state_dict(load_file(path or DIGITS / "features.safetensors"))
+    try:
+        network.load_state_dict(load(read_digits_weights(weights)))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"digits weights: {weights or 'the file in the package'}: no safetensors file of this network "
+                         f"({str(error).splitlines()[0]}); {REMEDY}") from error
     return network.eval().requires_grad_(False)
+
+
+def read_digits_weights(weights: str | Path | None = None) -> bytes:
+    """The file that `load_digits_features` loads. Raises ValueError if it cannot be read."""
+    path = str(weights or DIGITS / "features.safetensors")
+    try:
+        return storage.read_bytes(path)
+    except OSError as error:
+        raise ValueError(f"digits weights: cannot read {path} ({error}); {REMEDY}") from error
