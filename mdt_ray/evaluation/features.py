@@ -14,13 +14,17 @@ class Features(NamedTuple):
     """Features of one batch of images, float32; any field may lie on any device.
 
     pool: (B, D) vectors for FID, precision and recall (Inception's `pool_3`, D = 2048).
-    spatial: (B, S) flattened spatial map for sFID (17 * 17 * 7 = 2023 for Inception, in height-width-channel order).
-    logits: (B, num_classes), whose softmax is scored by IS (Inception: without bias, 1008 classes).
+    spatial: (B, S) flattened spatial map for sFID (17 * 17 * 7 = 2023 for Inception, in height-width-channel order);
+        None from an extractor whose spatial map no published metric uses (DINOv2).
+    logits: (B, num_classes), whose softmax is scored by IS (Inception: without bias, 1008 classes); None from an
+        extractor without a classifier.
+
+    An extractor fills the same fields for every batch.
     """
 
     pool: torch.Tensor  # (B, D)
-    spatial: torch.Tensor  # (B, S)
-    logits: torch.Tensor  # (B, num_classes)
+    spatial: torch.Tensor | None  # (B, S)
+    logits: torch.Tensor | None  # (B, num_classes)
 
 
 class Extractor(Protocol):
