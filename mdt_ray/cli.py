@@ -19,7 +19,9 @@ from mdt_ray.config import (
     PrecomputeConfig,
     QuickstartConfig,
     ReconstructConfig,
+    ReferenceConfig,
     SampleConfig,
+    SweepConfig,
     TrainConfig,
     TuneConfig,
     VerifyConfig,
@@ -38,6 +40,8 @@ class Job(NamedTuple):
     """What its module in jobs/ calls it."""
     module: str = ""
     """Its module in jobs/; by default the first word of its name."""
+    positional: str = ""
+    """The setting that a first word gives; by default the preset."""
 
 
 JOBS = {
@@ -45,7 +49,11 @@ JOBS = {
     "train": Job(TrainConfig, "latents -> checkpoints (Ray Train, DDP)", ("output", "latents"), "train"),
     "tune": Job(TuneConfig, "a sweep of training settings -> a ranked table (Ray Tune)", ("output",), "tune"),
     "evaluate": Job(EvaluateConfig, "checkpoint -> samples -> FID, sFID, IS, precision, recall",
-                    ("output", "checkpoint", "reference"), "evaluate"),
+                    ("output", "reference"), "evaluate"),
+    "evaluate sweep": Job(SweepConfig, "settings of sampling on one checkpoint -> the frontier of FID and IS", ("output",),
+                          "sweep", "sweep"),
+    "reference": Job(ReferenceConfig, "real images -> reference statistics for evaluate", ("output", "source"), "reference",
+                     positional="source"),
     "sample": Job(SampleConfig, "checkpoint -> pictures: a grid, PNGs, an npz", ("output", "checkpoint"), "sample"),
     "inpaint": Job(InpaintConfig, "pictures with a part of them hidden -> pictures", ("output", "checkpoint", "images"),
                    "inpaint"),
@@ -58,9 +66,10 @@ JOBS = {
                 "plan_train"),
     "plan precompute": Job(PrecomputeConfig, "how large the latents will be, and how long they will take", ("source",),
                            "plan_precompute"),
-    "latents inspect": Job(InspectConfig, "what a folder of latents holds", ("folder",), "inspect"),
+    "plan evaluate": Job(EvaluateConfig, "how long an evaluation takes", ("reference",), "plan_evaluate", "plan_evaluate"),
+    "latents inspect": Job(InspectConfig, "what a folder of latents holds", ("folder",), "inspect", positional="folder"),
     "latents verify": Job(VerifyConfig, "whether a folder of latents is whole, and what some decode to", ("folder",),
-                          "verify"),
+                          "verify", positional="folder"),
 }
 
 
@@ -118,8 +127,8 @@ def parse(job: str, arguments: list[str]) -> Any:
 
     cls, text = JOBS[job].config, JOBS[job].text
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    if name and job.startswith("latents "):
-        default = cls(folder=name)
+    if name and JOBS[job].positional:
+        default = cls(**{JOBS[job].positional: name})
     else:
         default = _of_job(job, presets.preset(name)) if name else (presets.digits() if job == "quickstart" else cls())
     if "--config" in arguments:
@@ -160,8 +169,8 @@ def _of_job(job: str, preset: QuickstartConfig) -> Any:
     name = job.rpartition(" ")[2]
     if name == "quickstart":
         return preset
-    if name == "plan":
-        return presets.plan_of(preset)
+    if name in ("plan", "sweep"):
+        return {"plan": presets.plan_of, "sweep": presets.sweep_of}[name](preset)
     if not hasattr(preset, name):
         raise ValueError(f"{job} has no presets; give its settings")
     return getattr(preset, name)
@@ -202,7 +211,12 @@ def _last_line(job: str, config: Any, result: Any) -> str:
         return f"best of {len(result)} trials: {best['overrides']}; table in {config.output}/results.json"
     if job == "evaluate":
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
-        return f"{numbers}\n{config.output}/metrics.json"
+        return f"{numbers}\n{config.output.rstrip('/')}/metrics.json"
+    if job == "evaluate sweep":
+        best, output = result["trials"][0], config.output.rstrip("/")
+        settings = ", ".join(f"{key} {value}" for key, value in best.items() if key not in ("metrics", "output"))
+        return (f"best of {len(result['trials'])}: {settings}: {result['metric']} {best['metrics'][result['metric']]:.4g}\n"
+                f"{output}/frontier.png\nin full: mdt-ray evaluate --config {output}/best.json")
     return f"report {result}" if job == "quickstart" else result
 
 

@@ -393,20 +393,28 @@ class InpaintConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Job `evaluate`: checkpoint -> samples -> metrics."""
+    """Job `evaluate`: checkpoint -> samples -> metrics; or metrics of pictures made elsewhere."""
 
     checkpoint: str = operational("")
     """Checkpoint folder (URI), or a training output, whose newest checkpoint is taken."""
+    samples: str = operational("")
+    """Instead of a checkpoint: pictures made elsewhere, an .npz with arr_0 (N, H, W, 3) uint8, or as `precompute
+    --source`."""
     output: str = operational("")
-    """Folder (URI) for sample chunks and metrics.json."""
+    """Folder (URI) for chunks of features, metrics.json and metrics.parquet."""
     reference: str = operational("")
-    """Real images to compare with: as `precompute --source`."""
+    """What to compare with: reference statistics (an .npz with mu and sigma: the official ones, or made by `reference`), or
+    real images, as `samples`."""
     sampling: SamplingConfig = SamplingConfig()
     """The sampler."""
-    extractor: Literal["digits"] = "digits"
-    """The feature network; its name is part of every metric's name."""
+    extractor: Literal["inception", "dinov2", "digits"] = "inception"
+    """The feature network. Only Inception's metrics go without its name: fid_50k, but fd_dinov2_50k, fid_digits_1k."""
+    extractor_weights: str = operational("")
+    """Its weights: a file, URI or URL (Inception), a folder or hub id (DINOv2); by default the published ones."""
     num_samples: int = 50_000
-    """Images to draw."""
+    """Images to draw, or to take of `samples`."""
+    num_seed_ranges: int = 1
+    """Repeat with as many further ranges of seeds, and report mean, minimum, maximum and spread."""
     seed: int = 0
     """Image i is drawn from seed + i."""
     labels: Literal["random", "balanced"] = "random"
@@ -417,14 +425,72 @@ class EvaluateConfig:
     """Images per model call."""
     keep_images: int = 1000
     """The first images that are kept, for pictures."""
+    latents: str = operational("")
+    """The latents that the model was trained on: writes neighbours.png, the training images nearest to the kept samples."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Autocast dtype of the model; the VAE always decodes in fp32."""
+    """Autocast dtype of the model; VAE and extractor always compute in fp32."""
+    adm_float16: bool = False
+    """Precision and recall by distances in float16, as ADM's evaluator computes them; they move by about 0.001."""
     workers: WorkersConfig = operational(WorkersConfig())
-    """The pool of sampler actors."""
+    """The pool of samplers. Of GPUs they leave a fifth to the decoders and feature networks, which come with them."""
 
     def __post_init__(self):
-        for name in ("num_samples", "chunk_size", "sample_batch_size"):
+        for name in ("num_samples", "num_seed_ranges", "chunk_size", "sample_batch_size"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+        require(not (self.samples and self.checkpoint), "samples", self.samples,
+                f"are measured without a checkpoint, but checkpoint = {self.checkpoint!r}; leave one of them out")
+        require(not (self.samples and self.num_seed_ranges > 1), "num_seed_ranges", self.num_seed_ranges,
+                "samples that exist have no seeds; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Job `reference`: real images -> the statistics that `evaluate` compares with."""
+
+    source: str = operational("")
+    """Real images: as `precompute --source`, or an .npz with arr_0 (N, H, W, 3) uint8."""
+    output: str = operational("")
+    """Folder (URI) for chunks of features and reference.npz."""
+    image_size: int = 256
+    """Side to crop to, as the model's images; those of an .npz must have it."""
+    extractor: Literal["inception", "dinov2", "digits"] = "inception"
+    """The feature network."""
+    extractor_weights: str = operational("")
+    """Its weights, as `evaluate`."""
+    num_images: int = 10_000
+    """Images to keep in the file, spread over all by a fixed shuffle: precision, recall and KID compare with these."""
+    chunk_size: int = 500
+    """Images per chunk: the unit of work and of restart."""
+    workers: WorkersConfig = operational(WorkersConfig())
+    """The pool of feature networks."""
+
+    def __post_init__(self):
+        for name in ("image_size", "num_images", "chunk_size"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Job `evaluate sweep`: settings of sampling on one checkpoint, every combination, without training."""
+
+    output: str = operational("")
+    """Folder (URI) for an evaluation of each setting, the table, the picture and the best setting."""
+    cfg_scale: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
+    """Guidance scales."""
+    cfg_power: tuple[float, ...] = ()
+    """Powers of the guidance schedule; none: as evaluate.sampling, and so below."""
+    cfg_interval: tuple[tuple[int, int], ...] = ()
+    """Intervals of guidance; 0 999 is all along."""
+    num_sampling_steps: tuple[int, ...] = ()
+    """Model evaluations per image."""
+    weights: tuple[str, ...] = ()
+    """Averages of the weights."""
+    evaluate: EvaluateConfig = EvaluateConfig(num_samples=5000, keep_images=64)
+    """What all have in common."""
+
+    def __post_init__(self):
+        require(not self.evaluate.samples, "evaluate.samples", self.evaluate.samples,
+                "exist already, a sweep draws its own; name a checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)

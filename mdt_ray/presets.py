@@ -17,6 +17,7 @@ from mdt_ray.config import (
     PrecomputeConfig,
     QuickstartConfig,
     SamplingConfig,
+    SweepConfig,
     TrainConfig,
     TuneConfig,
     VaeConfig,
@@ -31,7 +32,7 @@ def digits() -> QuickstartConfig:
         source=real, output=latents, vae=VaeConfig(path="digits"), image_size=32, chunk_size=256, rows_per_group=64,
         validation_share=0.05, workers=WorkersConfig(num_workers=2))
     drawn = EvaluateConfig(
-        num_samples=1000, chunk_size=100, labels="balanced",
+        extractor="digits", num_samples=1000, chunk_size=100, labels="balanced",
         sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=25, cfg_scale=3.0))
     training = TrainConfig(
         latents=latents, output=train, samples=dataclasses.replace(drawn, keep_images=64),
@@ -52,7 +53,7 @@ def digits() -> QuickstartConfig:
     sweep = TuneConfig(
         output="runs/digits/tune", train=trial, max_concurrent_trials=2,
         evaluate=EvaluateConfig(
-            reference=real, num_samples=300, chunk_size=300, keep_images=0, labels="balanced",
+            reference=real, extractor="digits", num_samples=300, chunk_size=300, keep_images=0, labels="balanced",
             sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=15)))
     return QuickstartConfig(output="runs/digits", precompute=precompute, train=training, tune=sweep, evaluate=evaluation)
 
@@ -134,6 +135,12 @@ def plan_of(preset: QuickstartConfig) -> PlanConfig:
     training = {f.name: getattr(preset.train, f.name) for f in dataclasses.fields(preset.train)}
     digits = preset.precompute.source == "digits"
     return PlanConfig(**training, num_images=1797 if digits else NUM_IMAGENET_IMAGES)
+
+
+def sweep_of(preset: QuickstartConfig) -> SweepConfig:
+    """The settings of `evaluate sweep` for a preset: its evaluation with few images."""
+    few = dataclasses.replace(preset.evaluate, num_samples=min(preset.evaluate.num_samples, 5000), keep_images=64)
+    return SweepConfig(output=f"{preset.output}/sweep", evaluate=few)
 
 
 def _name(kind: str, size: str, patch_size: int, fast: bool) -> str:

@@ -58,6 +58,11 @@ def parent(uri: str) -> str:
     return base.rstrip("/").rpartition("/")[0] + mark + query
 
 
+def base(uri: str) -> str:
+    """The URI without its query string."""
+    return uri.partition("?")[0] if "://" in uri else uri
+
+
 def exists(uri: str) -> bool:
     fs, path = resolve(uri)
     return fs.get_file_info(path).type != pafs.FileType.NotFound

@@ -93,13 +93,20 @@ class Pixels:
                    sum(p.read_seconds for p in parts), sum(p.decode_seconds for p in parts))
 
 
-def decode_piece(piece: Piece, image_size: int, exif_rotation: bool = False) -> Pixels:
-    """Decode and crop a piece; an image that is not readable is listed, not fatal."""
+def decode_piece(piece: Piece, image_size: int, exif_rotation: bool = False, exact: bool = False) -> Pixels:
+    """Decode and crop a piece; an image that is not readable is listed, not fatal.
+
+    Args:
+        exact: list those of another size too, instead of cropping them.
+    """
     started = time.perf_counter()
     ids, labels, pixels, rejected = [], [], [], []
     for image_id, label, data in zip(piece.ids, piece.labels, piece.data, strict=True):
         try:
-            pixels.append(center_crop(decode_image(data.as_py(), exif_rotation), image_size))
+            image = decode_image(data.as_py(), exif_rotation)
+            if exact and image.size != (image_size, image_size):
+                raise ValueError(f"has {image.width} x {image.height} pixels, the first picture {image_size} x {image_size}")
+            pixels.append(center_crop(image, image_size))
         except ValueError as error:
             rejected.append({"id": image_id, "reason": str(error)})
             continue

@@ -31,6 +31,7 @@ FILE_COLUMNS, LABEL_COLUMNS = ("file", "file_name", "filename", "path", "image",
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test"])
 SCAN_THREADS = 16
 LARGE_ROW_GROUP = 20_000
+NO_LABEL = -1
 MAX_CLASSES = 2**20
 """A label beyond is no class number but a mistake: the model has a row of weights for each."""
 
@@ -54,7 +55,7 @@ def list_images(source: Source) -> Listing:
     cannot be read.
     """
     ids, labels, places = _LISTERS[source.kind](source)
-    numbers, names = _number_classes(source, ids, labels)
+    numbers, names = _number_classes(source, ids, labels) if source.labelled else (labels, [])
     files, offsets, sizes = zip(*places, strict=True) if places else ((), (), ())
     table = pa.table([ids, numbers, files, offsets, sizes], schema=LISTING)
     if not table.num_rows:
@@ -79,6 +80,8 @@ def _list_pictures(source: Source) -> Rows:
     places = [(name, 0, size) for name, size in zip(names, source.files["size"].to_pylist(), strict=True)]
     if source.labels:
         return names, _labels_from_table(source, names), places
+    if not source.labelled:
+        return names, [NO_LABEL] * len(names), places
     beside = [name for name in names if "/" not in name]
     if beside:
         raise ValueError(f"source = {source.folder!r}: {len(beside)} pictures lie beside the class folders, such as "

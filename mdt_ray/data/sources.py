@@ -36,6 +36,8 @@ class Source:
     """As FILES, sorted by name."""
     labels: str
     """The table of labels (URI), where there is one."""
+    labelled: bool = True
+    """False for a folder of pictures without labels."""
 
     @property
     def place(self) -> str:
@@ -54,12 +56,13 @@ class Source:
         return digest.hexdigest()[:16]
 
 
-def open_source(uri: str, labels: str = "") -> Source:
+def open_source(uri: str, labels: str = "", need_labels: bool = True) -> Source:
     """Find the files of a source and what kind it is.
 
     Args:
         uri: `digits`, a folder, or a .parquet or .tar file; local or in an object store.
         labels: table of labels for a folder of pictures; by default one of LABEL_TABLES in it.
+        need_labels: False takes a folder of pictures as they lie, all without labels.
     Raises ValueError if there is nothing there, if it cannot be listed, or if it holds several kinds.
     """
     embedded = uri == "digits"
@@ -78,18 +81,20 @@ def open_source(uri: str, labels: str = "") -> Source:
     if ignored:
         logger.warning("%s: %d other files are left out (%s)", uri, ignored.total(),
                        ", ".join(f"{n} {suffix}" for suffix, n in ignored.most_common(5)))
-    names = kinds[found[0]]
+    names, labelled = kinds[found[0]], True
     if labels and found[0] != "pictures":
         raise ValueError(f"labels = {labels!r}: the source's {found[0]} files carry their own labels; leave it out")
     if found[0] == "pictures" and not labels:
-        if len(tables) == 1:
+        if not need_labels:
+            labelled = False
+        elif len(tables) == 1:
             labels = next(iter(tables.values()))
         elif tables or not any("/" in name for name in names):
             raise ValueError(f"source = {uri!r}: its pictures have no labels; give each class a subfolder, or name a table "
                              f"with columns file and label by --labels (found: {', '.join(tables) or 'none'})")
     times = [0 if embedded else infos[n].mtime_ns or 0 for n in names]  # an installation gives our own file a new time
     files = pa.table([names, [infos[n].size for n in names], times], schema=FILES)
-    return Source(folder=folder, kind=found[0], files=files, labels=labels)
+    return Source(folder=folder, kind=found[0], files=files, labels=labels, labelled=labelled)
 
 
 def _by_kind(names: list[str]) -> tuple[dict[str, list[str]], Counter[str]]:

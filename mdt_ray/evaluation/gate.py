@@ -3,7 +3,7 @@ labels that show a broken sampler. Not a metric.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import scipy.stats
@@ -59,7 +59,7 @@ def reasons(facts: Facts, *, num_expected: int, num_classes: int = 0, labels: st
         found.append(f"{facts.flat.sum()} of {count} images have one colour only; the model or the autoencoder is broken")
     if num_classes and labels:
         if facts.labels.min() < 0 or facts.labels.max() >= num_classes:
-            return [*found, f"labels lie in {facts.labels.min()}..{facts.labels.max()}, but must in 0..{num_classes - 1}"]
+            return [*found, f"labels lie in {facts.labels.min()}..{facts.labels.max()}, but must be in 0..{num_classes - 1}"]
         histogram = np.bincount(facts.labels, minlength=num_classes)  # (num_classes,)
         if labels == "balanced" and histogram.max() - histogram.min() > 1:
             found.append(f"labels = balanced, but classes have {histogram.min()} to {histogram.max()} images")
@@ -69,3 +69,8 @@ def reasons(facts: Facts, *, num_expected: int, num_classes: int = 0, labels: st
             found.append(f"labels = random, but classes have {histogram.min()} to {histogram.max()} images, which chance "
                          f"does not give once in {1 / MIN_PROBABILITY:.0e} times")
     return found
+
+
+def joined(parts: list[Facts]) -> Facts:
+    """Facts of consecutive parts as one."""
+    return Facts(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Facts)})

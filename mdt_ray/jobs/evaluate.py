@@ -1,33 +1,36 @@
-"""Job `evaluate`: checkpoint -> samples -> metrics, in chunks of fixed index ranges over a pool of actors.
+"""Job `evaluate`: checkpoint -> samples -> metrics, in chunks of fixed index ranges that stream through pools of actors; or
+the metrics of pictures made elsewhere.
 
     run.json                       settings, identity
     chunks/<first>.safetensors     features (and the first pictures) of images first, first + 1, ...
-    reference-<hash>/              the same for the real images
-    metrics.json                   written last
+    reference-<hash>/chunks/       the same of the real images
+    seeds-<first>/                 such a folder for each of several ranges of seeds
+    metrics.parquet                one row: the numbers and all that identifies them
+    metrics.json                   the same, written last
 """
 
 import contextlib
 import dataclasses
-import functools
+import json
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
+import pyarrow as pa
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
-from mdt_ray.config import EvaluateConfig, SamplingConfig
-from mdt_ray.data import listings, readers, sources
-from mdt_ray.data.listings import Listing
-from mdt_ray.data.sources import Source
-from mdt_ray.evaluation import chunks, gate
-from mdt_ray.inference.sampler import Sampler, check_guide, check_weights
-from mdt_ray.jobs import fanout, progress, session
-from mdt_ray.training.run import autocast_dtype
+from mdt_ray.config import EvaluateConfig, SamplingConfig, WorkersConfig, require
+from mdt_ray.data import arrays, picture_sets
+from mdt_ray.evaluation import chunks, extractors, gate, reference, results
+from mdt_ray.evaluation.reference import Reference
+from mdt_ray.evaluation.results import Summary
+from mdt_ray.inference.sampler import check_guide, check_weights
+from mdt_ray.jobs import fanout, progress, session, stages, units
+from mdt_ray.jobs.measuring import Measurement, absolute_weights, chunk_ranges, measure_missing, place
 
-METRICS = "metrics.json"
-LISTING = "listing.parquet"
+logger = logging.getLogger(__name__)
+METRICS, ROW = "metrics.json", "metrics.parquet"
 
 
 @dataclass(frozen=True)
@@ -37,49 +40,79 @@ class Plan:
     config: EvaluateConfig
     run: dict
     facts: dict
-    """state.json of the checkpoint."""
+    """state.json of the checkpoint; empty for pictures made elsewhere."""
     inputs: dict[str, Any]
-    """Hashes of what is read (checkpoint, guide, reference), and the format of the chunks."""
-    source: Source
-    """The real images."""
-    listing: Listing
-    reference_folder: str
+    """Hashes of what is read (checkpoint, guide or samples, reference, extractor), and the format of the chunks."""
+    samples: Measurement | None
+    """Of pictures made elsewhere; None where they are drawn."""
+    reference: Measurement | None
+    """Of the reference's pictures; None where it has statistics only."""
+    statistics: Reference | None
+    """Those given as the reference."""
 
-    def sample_uris(self) -> dict[str, dict[str, Any]]:
-        """File of each chunk of samples -> its item of work."""
-        config = self.config
-        return {storage.join(config.output, "chunks", f"{start:08d}.safetensors"):
-                {"kind": "sample", "start": start, "stop": min(start + config.chunk_size, config.num_samples)}
-                for start in range(0, config.num_samples, config.chunk_size)}
+    @property
+    def sample_uris(self) -> list[str]:
+        """Files of the samples' chunks, in index order."""
+        return [uri for uri, _, _ in self.sample_ranges]
 
-    def reference_uris(self) -> dict[str, dict[str, Any]]:
-        """File of each chunk of real images -> its item of work."""
-        count, size = self.listing.table.num_rows, self.config.chunk_size
-        return {storage.join(self.reference_folder, "chunks", f"{start:08d}.safetensors"):
-                {"kind": "reference", "start": start, "stop": min(start + size, count)}
-                for start in range(0, count, size)}
-
-    def write_listing(self) -> None:
-        """For the actors: part k holds the images of the reference's chunk k."""
-        parts = [np.arange(item["start"], item["stop"]) for item in self.reference_uris().values()]
-        listings.write_parts(storage.join(self.reference_folder, LISTING), self.listing, parts)
+    @property
+    def sample_ranges(self) -> list[tuple[str, int, int]]:
+        return chunk_ranges(self.config.output, self.config.num_samples, self.config.chunk_size)
 
 
 def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
-    """Resolve checkpoint, reference and identity. Raises ValueError for what is missing or does not fit."""
-    checkpoint, sampling, inputs = resolve(config.checkpoint, config.sampling)
-    reference = config.reference if config.reference == "digits" else storage.absolute(config.reference)
-    config = dataclasses.replace(config, checkpoint=checkpoint, reference=reference, output=storage.absolute(config.output),
-                                 sampling=sampling)
-    facts = storage.read_json(storage.join(checkpoint, "state.json"))
-    chunks.check_extractor(config.extractor, facts["image_size"])
-    source = sources.open_source(config.reference)
-    fingerprint = config_io.fingerprint([source.fingerprint, config.extractor, facts["image_size"], config.chunk_size,
-                                         chunks.FORMAT])
-    inputs |= {"reference": fingerprint, "format": chunks.FORMAT}
-    run = run_folder.describe("evaluate", config, inputs)
-    return Plan(config=config, run=run, facts=facts, inputs=inputs, source=source, listing=listings.list_images(source),
-                reference_folder=storage.join(storage.absolute(reference_root or config.output), f"reference-{fingerprint}"))
+    """Resolve checkpoint or samples, reference and identity. Raises ValueError for what is missing or does not fit."""
+    config = dataclasses.replace(config, output=storage.absolute(config.output), samples=place(config.samples),
+                                 reference=place(config.reference),
+                                 extractor_weights=absolute_weights(config.extractor_weights))
+    require(bool(config.checkpoint or config.samples), "checkpoint", "", "not given; name one, or pictures by --samples")
+    weights_hash = extractors.weights_hash(config.extractor, config.extractor_weights)
+    facts, samples = {}, None
+    if config.checkpoint:
+        checkpoint, sampling, inputs = resolve(config.checkpoint, config.sampling)
+        facts = storage.read_json(storage.join(checkpoint, "state.json"))
+        config = dataclasses.replace(config, checkpoint=checkpoint, sampling=sampling)
+        image_size = facts["image_size"]
+    else:
+        samples = _given_samples(config)
+        image_size, inputs = samples.image_size, {"samples": samples.pictures.fingerprint}
+    chunks.check_extractor(config.extractor, image_size)
+    measured, statistics = _reference(config, image_size, weights_hash, storage.absolute(reference_root or config.output))
+    hashes = [measured and measured.fingerprint(weights_hash), statistics and arrays.fingerprint(statistics.uri)]
+    inputs |= {"reference": config_io.fingerprint(hashes), "extractor": weights_hash, "format": chunks.FORMAT}
+    return Plan(config=config, run=run_folder.describe("evaluate", config, inputs), facts=facts, inputs=inputs,
+                samples=samples, reference=measured, statistics=statistics)
+
+
+def _given_samples(config: EvaluateConfig) -> Measurement:
+    pictures = picture_sets.open_pictures(config.samples)
+    if config.num_samples > pictures.num_images:
+        raise ValueError(f"num_samples = {config.num_samples}: {config.samples} holds {pictures.num_images} pictures; use "
+                         f"--num-samples {pictures.num_images}")
+    return Measurement(pictures=pictures, folder=config.output, image_size=picture_sets.side_of(pictures), exact=True,
+                       extractor=config.extractor, extractor_weights=config.extractor_weights, chunk_size=config.chunk_size,
+                       num_images=config.num_samples, num_kept=config.keep_images)
+
+
+def _reference(config: EvaluateConfig, image_size: int, weights_hash: str,
+               root: str) -> tuple[Measurement | None, Reference | None]:
+    """The reference's pictures to be measured, and its statistics where it brings them."""
+    statistics = None
+    if storage.base(config.reference).endswith(".npz") and reference.is_statistics(config.reference):
+        statistics = reference.read_reference(config.reference)
+        reference.check_fits(statistics, extractor=config.extractor, weights_hash=weights_hash,
+                             transform=extractors.transform(config.extractor), image_size=image_size)
+        if not statistics.has_images:
+            return None, statistics
+    pictures = picture_sets.open_pictures(config.reference)
+    if pictures.image_size not in (None, image_size):
+        raise ValueError(f"reference = {config.reference!r}: has pictures of {pictures.image_size} pixels, but the samples "
+                         f"have {image_size}; take a reference of that size")
+    measured = Measurement(pictures=pictures, folder="", image_size=image_size, exact=False, extractor=config.extractor,
+                           extractor_weights=config.extractor_weights, chunk_size=config.chunk_size,
+                           num_images=pictures.num_images, num_kept=config.keep_images)
+    folder = storage.join(root, f"reference-{measured.fingerprint(weights_hash)}")
+    return dataclasses.replace(measured, folder=folder), statistics
 
 
 def resolve(checkpoint: str, sampling: SamplingConfig) -> tuple[str, SamplingConfig, dict[str, str]]:
@@ -117,94 +150,151 @@ def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = No
     Raises ValueError as `plan`, and if an output holds another run or has another writer.
     """
     root = reference_root or configs[0].output
-    plans = [plan(config, root) for config in configs]
-    for p in plans:
+    wholes = [plan(config, root) for config in configs]
+    parts = {p.config.output: _ranges(p, root) for p in wholes}
+    for p in [*wholes, *(part for of in parts.values() for part in of)]:
         run_folder.check_identity(p.config.output, p.run)
-    todo = [p for p in plans if not storage.exists(storage.join(p.config.output, METRICS))]
+    todo = [p for p in wholes if not _finished(p)]
     with contextlib.ExitStack() as stack:
         for p in todo:
             if pool:
                 stack.enter_context(run_folder.claim(p.config.output, p.run))
             else:
                 run_folder.record(p.config.output, p.run)
+        missing = [part for p in todo for part in parts[p.config.output] if not _finished(part)]
         started = time.perf_counter()
-        _run_missing(todo, pool)
+        busy = _run_missing(missing, pool)
+        compared: dict[str, tuple[Reference, Summary | None]] = {}
+        for part in missing:
+            run_folder.record(part.config.output, part.run)
+            _write_metrics(part, compared, {"seconds": (time.perf_counter() - started) / len(missing), "samplers": busy})
         for p in todo:
-            _write_metrics(p, (time.perf_counter() - started) / len(todo))
-    return [storage.read_json(storage.join(p.config.output, METRICS)) for p in plans]
+            if p.config.num_seed_ranges > 1:
+                _write_ranges(p, parts[p.config.output])
+    return [_found(p) for p in wholes]
 
 
-def _run_missing(plans: list[Plan], pool: bool) -> None:
-    items: dict[str, dict[str, Any]] = {}
+def _ranges(whole: Plan, root: str) -> list[Plan]:
+    """One evaluation for each range of seeds; the plan itself where there is one."""
+    config = whole.config
+    if config.num_seed_ranges == 1:
+        return [whole]
+    seeds = range(config.seed, config.seed + config.num_seed_ranges * config.num_samples, config.num_samples)
+    return [plan(dataclasses.replace(config, seed=seed, num_seed_ranges=1,
+                                     output=storage.join(config.output, f"seeds-{seed}")), root) for seed in seeds]
+
+
+def _finished(p: Plan) -> bool:
+    return storage.exists(storage.join(p.config.output, METRICS))
+
+
+def _found(p: Plan) -> dict[str, Any]:
+    return storage.read_json(storage.join(p.config.output, METRICS))
+
+
+def _run_missing(plans: list[Plan], pool: bool) -> dict[str, float] | None:
+    """Write the chunks that are not there; returns how busy the samplers were, where there were any."""
+    if not plans:
+        return None
+    workers = plans[0].config.workers
+    measure_missing([p.reference for p in plans if p.reference], workers, pool, "reference")
+    measure_missing([p.samples for p in plans if p.samples], workers, pool, "samples")
+    return _draw_missing([p for p in plans if not p.samples], workers, pool)
+
+
+def _draw_missing(plans: list[Plan], workers: WorkersConfig, pool: bool) -> dict[str, float] | None:
+    items: list[dict[str, Any]] = []
+    done: set[int] = set()
     for number, p in enumerate(plans):
-        for uri, item in (p.reference_uris() | p.sample_uris()).items():
-            items.setdefault(uri, item | {"plan": number, "uri": uri})
-    missing = [item for uri, item in items.items() if not storage.exists(uri)]
-    if not missing:
-        return
-    for p in plans:
-        if p.reference_uris().keys() & {item["uri"] for item in missing}:
-            p.write_listing()
-    plain = [{"config": config_io.to_dict(p.config), "image_size": p.facts["image_size"],
-              "folder": p.source.folder, "kind": p.source.kind,
-              "listing": storage.join(p.reference_folder, LISTING)} for p in plans]
+        have = storage.list_sizes(storage.join(p.config.output, "chunks"))
+        for uri, start, stop in p.sample_ranges:
+            if storage.base(uri).rpartition("/")[2] in have:
+                done.add(len(items))
+            items.append({"uri": uri, "start": start, "stop": stop, "plan": number, "number": len(items),
+                          "num_kept": p.config.keep_images, "extractor": p.config.extractor,
+                          "extractor_weights": p.config.extractor_weights})
+    todo = [item for item in items if item["number"] not in done]
+    if not todo:
+        return None
+    plain = [config_io.to_dict(p.config) for p in plans]
     if not pool:
-        work = Evaluator(plain)
-        for item in missing:
-            work(item)
-        return
+        return _busy(list(stages.here(stages.drawing(plain, workers), todo)))
     session.start()
-    total = sum(item["stop"] - item["start"] for item in items.values())
-    waiting = sum(item["stop"] - item["start"] for item in missing)
-    with progress.bar(total, "image", "evaluate", initial=total - waiting) as bar:
-        for row in fanout.run_chunks(missing, Evaluator, (plain,), plans[0].config.workers):
-            bar.update(row["num_images"])
+    sizes = [item["stop"] - item["start"] for item in items]
+    with progress.bar(sum(sizes), "image", "evaluate", initial=sum(sizes[k] for k in done)) as bar:
+        with progress.watched(progress.Parts(bar, sizes, done).show) as mailbox:
+            rows = list(fanout.run_stages(todo, stages.drawing(plain, workers, mailbox)))
+    busy = _busy(rows)
+    logger.info("%s images/s; samplers computed %.0f%% of their time", units.rate(busy["images_per_second"]),
+                100 * busy["busy_share"])
+    return busy
 
 
-def _write_metrics(p: Plan, seconds: float) -> None:
+def _busy(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the samplers, from the begin of their first chunks to the end of their last: images/s, share of time in models."""
+    by_drawer: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_drawer.setdefault(row["drawer"], []).append(row)
+    elapsed = {drawer: max(r["ended"] for r in of) - min(r["began"] for r in of) for drawer, of in by_drawer.items()}
+    return {"images_per_second": sum(row["num_images"] for row in rows) / max(elapsed.values()),
+            "busy_share": sum(row["busy"] for row in rows) / sum(elapsed.values())}
+
+
+def _write_metrics(p: Plan, compared: dict[str, tuple[Reference, Summary | None]], timing: dict[str, Any]) -> None:
     config = p.config
-    samples = chunks.read_chunks(list(p.sample_uris()))
-    reference = chunks.read_chunks(list(p.reference_uris()))
-    wrong = gate.reasons(samples.facts, num_expected=config.num_samples, num_classes=p.facts["num_classes"],
-                         labels=config.labels)
-    wrong += [f"the reference: {reason}" for reason in gate.reasons(reference.facts, num_expected=len(reference.labels))]
+    samples = results.summarise(chunks.read_chunk(uri) for uri in p.sample_uris)
+    wrong = gate.reasons(samples.facts, num_expected=config.num_samples, num_classes=p.facts.get("num_classes", 0),
+                         labels="" if p.samples else config.labels)
+    if p.inputs["reference"] not in compared:  # settings of a sweep share one
+        compared[p.inputs["reference"]] = _compared(p)
+    statistics, real = compared[p.inputs["reference"]]
+    if real is not None:
+        wrong += [f"the reference: {reason}" for reason in gate.reasons(real.facts, num_expected=real.num_images)]
     if wrong:
         raise ValueError(f"{config.output}: these images give no metrics:\n  " + "\n  ".join(wrong))
-    values = chunks.compute_metrics(samples, reference, config.extractor)
-    facts = {
-        "checkpoint": {"uri": config.checkpoint, "hash": p.inputs["checkpoint"], "step": p.facts["step"]},
+    values, intervals = results.compare(samples, statistics, real and real.features, config.extractor, config.adm_float16)
+    _write(p, {"metrics": values, "intervals": intervals} | _description(p, statistics, real) | timing)
+
+
+def _compared(p: Plan) -> tuple[Reference, Summary | None]:
+    """The reference's statistics (its own, or of its pictures), and what is known of its pictures."""
+    real = None
+    if p.reference:
+        chosen = None if p.statistics else chunks.spread(p.reference.num_images, results.MAX_REFERENCES)
+        real = results.summarise((chunks.read_chunk(uri) for uri in p.reference.items()), chosen)
+    return p.statistics or real.statistics, real
+
+
+def _description(p: Plan, statistics: Reference, real: Summary | None) -> dict[str, Any]:
+    """All that identifies the numbers."""
+    config, drawn = p.config, p.samples is None
+    halves = {f"fid_{config.extractor}_between_halves": results.distance_between_halves(real)} if not p.statistics else {}
+    return {
+        "num_samples": config.num_samples, "seed": config.seed if drawn else None,
+        "labels": config.labels if drawn else None,
+        "sampling": vars(config.sampling) if drawn else None, "precision": config.precision if drawn else None,
+        "extractor": config.extractor, "extractor_hash": p.inputs["extractor"],
+        "transform": extractors.transform(config.extractor), "adm_float16": config.adm_float16,
+        "samples": None if drawn else {"uri": config.samples, "hash": p.inputs["samples"]},
+        "checkpoint": {"uri": config.checkpoint, "hash": p.inputs["checkpoint"], "step": p.facts["step"]} if drawn else None,
         "guide": {"uri": config.sampling.guide, "hash": p.inputs["guide"]} if config.sampling.guide else None,
-        "vae": p.facts["vae"],
-        "reference": {"source": config.reference, "num_images": len(reference.labels),
-                      f"fid_{config.extractor}_between_halves": chunks.distance_between_halves(reference)},
-        "run": p.run["name"], "versions": p.run["versions"], "seconds": seconds,
+        "vae": p.facts.get("vae"),
+        "reference": {"source": config.reference, "hash": p.inputs["reference"],
+                      "num_images": statistics.facts["num_images"]} | halves,
+        "run": p.run["name"], "versions": p.run["versions"],
     }
-    storage.write_json(storage.join(config.output, METRICS), chunks.describe_metrics(config, values, facts))
 
 
-class Evaluator:
-    """Does one item of any of the evaluations; keeps the sampler of the last one."""
+def _write_ranges(p: Plan, parts: list[Plan]) -> None:
+    found = [_found(part) for part in parts]
+    over = results.over_ranges([f["metrics"] for f in found])
+    _write(p, found[0] | {"metrics": over.pop("mean"), "intervals": {}, "ranges": over, "num_seed_ranges": len(parts),
+                          "seed": p.config.seed, "run": p.run["name"], "seconds": sum(f["seconds"] for f in found),
+                          "seeds": [{"seed": f["seed"], "metrics": f["metrics"]} for f in found]})
 
-    def __init__(self, plain: list[dict[str, Any]]):
-        self.configs = [config_io.from_dict(EvaluateConfig, p["config"]) for p in plain]
-        self.plain = plain
-        self.device = session.settle(self.configs[0].workers)
-        self.sampler = functools.lru_cache(maxsize=1)(self._sampler)
-        self.extractor = functools.cache(lambda name: chunks.EXTRACTORS[name]())
 
-    def _sampler(self, number: int) -> Sampler:
-        config = self.configs[number]
-        dtype = autocast_dtype(config.precision, torch.device(self.device))
-        return Sampler(config.checkpoint, config.sampling, self.device, dtype)
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        config, extractor = self.configs[item["plan"]], self.extractor(self.configs[item["plan"]].extractor)
-        if item["kind"] == "sample":
-            arrays = chunks.sample_chunk(self.sampler(item["plan"]), extractor, config, item["start"], item["stop"])
-        else:
-            p = self.plain[item["plan"]]
-            rows, _, _ = listings.read_parts(p["listing"], [item["start"] // config.chunk_size])
-            piece = readers.read_few(p["folder"], p["kind"], rows)
-            arrays = chunks.reference_chunk(extractor, piece, p["image_size"], config.keep_images - item["start"])
-        chunks.write_chunk(item["uri"], arrays)
-        return {"num_images": item["stop"] - item["start"]}
+def _write(p: Plan, found: dict[str, Any]) -> None:
+    flat = {name: json.dumps(value) if isinstance(value, list | tuple) else value
+            for name, value in config_io.flatten(json.loads(json.dumps(found))).items()}
+    storage.write_table(storage.join(p.config.output, ROW), pa.Table.from_pylist([flat]))
+    storage.write_json(storage.join(p.config.output, METRICS), found)

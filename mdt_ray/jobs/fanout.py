@@ -5,8 +5,8 @@ a small row. An actor that dies is replaced and its item given to another, so a 
 """
 
 import pickle
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import ray
 from ray.data import ActorPoolStrategy
@@ -27,32 +27,49 @@ class _OneItem:
         self.work = worker(*arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
+        if FAILURE in batch:
+            return batch  # of an earlier stage
         try:
             return {name: [value] for name, value in self.work(_row(batch)).items()}
         except Exception as error:
             return {FAILURE: [_packed(root_cause(error))]}
 
 
+class Stage(NamedTuple):
+    """A pool of actors that does one part of the work on an item."""
+
+    worker: type
+    """worker(*arguments) is called once an actor, and with each item. Returns a dict of plain values."""
+    arguments: tuple
+    workers: WorkersConfig
+    """Size of the pool and what an actor takes."""
+
+
 def run_chunks(items: list[dict[str, Any]], worker: type, arguments: tuple, workers: WorkersConfig,
                calls_per_worker: int = 1) -> Iterator[dict[str, Any]]:
-    """Rows that the workers return, in the order in which they finish.
+    """`run_stages` with one stage."""
+    return run_stages(items, [Stage(worker, arguments, workers)], calls_per_worker)
+
+
+def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_worker: int = 1) -> Iterator[dict[str, Any]]:
+    """Rows that the last stage returns, in the order in which they finish; an item may be in each stage at the same time.
 
     Args:
         items: small dicts, one a chunk.
-        worker: class; worker(*arguments) is called once an actor, and with each item. Returns a dict of plain values.
-        workers: size of the pool and what an actor takes.
+        stages: each is given what the one before returned.
         calls_per_worker: items that an actor is given at a time, each in a thread of its own.
-    Raises what the worker raised.
+    Raises what a worker raised.
     """
     if not items:
         return
-    count = min(workers.num_workers, len(items))
     data = ray.data.from_items(items, override_num_blocks=len(items))
-    pool = ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=calls_per_worker + 1,
-                             max_concurrent_calls_per_actor=calls_per_worker, enable_true_multi_threading=True)
-    data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments), batch_size=1, compute=pool,
-                            num_cpus=workers.cpus_per_worker if not workers.gpus_per_worker else None,
-                            num_gpus=workers.gpus_per_worker or None)
+    for worker, arguments, workers in stages:
+        pool = ActorPoolStrategy(size=min(workers.num_workers, len(items)),
+                                 max_tasks_in_flight_per_actor=calls_per_worker + 1,
+                                 max_concurrent_calls_per_actor=calls_per_worker, enable_true_multi_threading=True)
+        data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments), batch_size=1, compute=pool,
+                                num_cpus=workers.cpus_per_worker if not workers.gpus_per_worker else None,
+                                num_gpus=workers.gpus_per_worker or None)
     try:
         for row in data.iter_rows():
             if FAILURE in row:

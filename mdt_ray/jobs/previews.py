@@ -108,10 +108,9 @@ def _preview(plain: dict[str, Any], step: int) -> dict[str, float]:
 
 def _measured(judged: EvaluateConfig, config: TrainConfig) -> tuple[np.ndarray, dict[str, float]]:
     found = evaluate_many([judged], storage.join(config.output, SAMPLES), pool=False)[0]
-    columns = {f"{name}_{judged.num_samples}": value for name, value in found["metrics"].items()}
     folder = storage.join(judged.output, "chunks")
     uris = [storage.join(folder, name) for name in storage.list_names(folder)]
-    return chunks.kept_images(uris, judged.keep_images)[0], columns
+    return chunks.kept_images(uris, judged.keep_images)[0], found["metrics"]
 
 
 def _drawn(judged: EvaluateConfig) -> np.ndarray:

@@ -26,6 +26,7 @@ import ray.tune
 from mdt_ray import config_io, run_folder, storage
 from mdt_ray.config import EvaluateConfig, TrainConfig, TuneConfig
 from mdt_ray.data import latents
+from mdt_ray.evaluation import results
 from mdt_ray.jobs import evaluate as evaluating
 from mdt_ray.jobs import fanout, progress, session
 from mdt_ray.jobs import train as training
@@ -96,17 +97,17 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
         raise RuntimeError(f"{len(failed)} of {len(trials)} trials have no result ({', '.join(failed)}); run the same "
                            "command again to go on with them")
     metric = objective(config, space)
-    results = sorted((_result(t) for t in trials), key=lambda r: r["metrics"][metric], reverse=space.mode == "max")
-    table = {"metric": metric, "mode": space.mode, "space": space.space(), "trials": results}
+    ranked = sorted((_result(t) for t in trials), key=lambda r: r["metrics"][metric], reverse=space.mode == "max")
+    table = {"metric": metric, "mode": space.mode, "space": space.space(), "trials": ranked}
     uri = storage.join(config.output, "results.json")
     if not storage.exists(uri) or storage.read_json(uri) != json.loads(json.dumps(table)):
         storage.write_json(uri, table)
-    return results
+    return ranked
 
 
 def objective(config: TuneConfig, space: ModuleType) -> str:
     """Name of the metric that ranks the trials; it carries the number of samples, since it is no full evaluation."""
-    return f"{space.metric}_{config.evaluate.extractor}_{config.evaluate.num_samples}"
+    return results.metric_name(space.metric, config.evaluate.extractor, config.evaluate.num_samples)
 
 
 def _trial(config: TuneConfig, overrides: dict[str, Any]) -> Trial:
@@ -178,7 +179,7 @@ def _run_trial(params: dict[str, Any]) -> None:
                      may_write=lambda: run_folder.holds(settings["sweep"], settings["token"]))
     trained = time.perf_counter()
     found = evaluating.evaluate_many([judged], settings["reference_root"], pool=False)[0]
-    values = {f"{name}_{judged.num_samples}": value for name, value in found["metrics"].items()}
+    values = found["metrics"]
     storage.write_json(storage.join(settings["folder"], RESULT), {
         "name": settings["name"], "overrides": settings["overrides"], "metrics": values, "curve": state.history,
         "num_parameters": state.model.num_parameters(), "train_seconds": trained - started,

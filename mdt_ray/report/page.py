@@ -11,6 +11,7 @@ from mdt_ray import checkpoints, config_io, storage
 from mdt_ray.config import EvaluateConfig, QuickstartConfig
 from mdt_ray.data import images, latents, listings, readers, sources
 from mdt_ray.evaluation import chunks
+from mdt_ray.evaluation.results import metric_name
 from mdt_ray.report import figures
 
 STYLE = """
@@ -71,13 +72,14 @@ def write(config: QuickstartConfig, evaluations: dict[str, EvaluateConfig], resu
 def _headline(config: QuickstartConfig, guided: dict, unguided: list[dict]) -> str:
     name = guided["extractor"]
     halves = guided["reference"][f"fid_{name}_between_halves"]
-    first, last = unguided[0]["metrics"][f"fid_{name}"], unguided[-1]["metrics"][f"fid_{name}"]
+    fid, accuracy = (metric_name(metric, name, guided["num_samples"]) for metric in ("fid", "label_accuracy"))
+    first, last = unguided[0]["metrics"][fid], unguided[-1]["metrics"][fid]
     cards = [
-        (f"{guided['metrics'][f'label_accuracy_{name}']:.1%}",
+        (f"{guided['metrics'][accuracy]:.1%}",
          f"of {guided['num_samples']} samples are read as the label asked for, "
          f"at guidance {guided['sampling']['cfg_scale']:g}"),
-        (f"{last:.4g}", f"fid_{name}, unguided, step {unguided[-1]['checkpoint']['step']}"),
-        (f"{first:.4g}", f"fid_{name} at step {unguided[0]['checkpoint']['step']}"),
+        (f"{last:.4g}", f"{fid}, unguided, step {unguided[-1]['checkpoint']['step']}"),
+        (f"{first:.4g}", f"{fid} at step {unguided[0]['checkpoint']['step']}"),
         (f"{halves:.4g}", f"fid_{name} between two halves of the real images"),
     ]
     cells = "".join(f'<div class="card"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for value, label in cards)
@@ -114,9 +116,10 @@ def _training(config: QuickstartConfig, unguided: list[dict]) -> str:
             [row["step"] for row in held_out], [row["val_loss"] for row in held_out])
     losses = figures.curves(series, "step", "loss", log=True)
     name = unguided[-1]["extractor"]
+    fid = metric_name("fid", name, unguided[-1]["num_samples"])
     distance = figures.curves(
-        {f"fid_{name}, unguided": ([r["checkpoint"]["step"] for r in unguided],
-                                   [r["metrics"][f"fid_{name}"] for r in unguided])}, "step", f"fid_{name}", log=True,
+        {f"{fid}, unguided": ([r["checkpoint"]["step"] for r in unguided], [r["metrics"][fid] for r in unguided])},
+        "step", fid, log=True,
         level=("two halves of the real images", unguided[-1]["reference"][f"fid_{name}_between_halves"]))
     last = rows[-1]
     return _section("Training", f"{last['step']} steps, {last['images_seen']:,} images, "

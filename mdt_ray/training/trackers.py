@@ -32,8 +32,8 @@ UPLOAD_SECONDS = 30.0
 """Shortest time between two uploads of an event file to an object store: each replaces the whole file."""
 PATIENCE_SECONDS = 60.0
 """Longest time that the end of a run waits for a tracker: MLflow alone would retry for minutes at each row."""
-METRICS_OF_SAMPLES = ("fid", "sfid", "is", "precision", "recall")
-"""Evaluation's metrics; in a row, the name of the extractor follows (`fid_digits`)."""
+METRICS_OF_SAMPLES = ("fid", "sfid", "is", "precision", "recall", "kid", "fd", "kd", "label")
+"""Evaluation's metrics, by the first word of their names (`fid_5k`, `label_accuracy_digits_1k`)."""
 PARAMS_PER_REQUEST = 100
 """MLflow takes no more at once."""
 

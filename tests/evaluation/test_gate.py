@@ -59,7 +59,7 @@ def test_labels_must_be_what_they_are_said_to_be():
     skewed = np.minimum(RNG.integers(0, 14, 400), 9)
     assert "labels = random, but classes have" in reasons(facts(labels=skewed), labels="random")
     assert "labels = balanced, but classes have" in reasons(facts(labels=RNG.integers(0, 10, 400)))
-    assert "labels lie in 0..9, but must in 0..8" in reasons(facts(), num_classes=9)
+    assert "labels lie in 0..9, but must be in 0..8" in reasons(facts(), num_classes=9)
     assert reasons(facts(PICTURES[:395], np.arange(395) % 10), num_expected=395) == ""  # the last round is not whole
 
 

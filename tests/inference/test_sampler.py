@@ -11,20 +11,22 @@ import torch
 
 from mdt_ray import storage
 from mdt_ray.config import EvaluateConfig, SamplingConfig, VaeConfig
-from mdt_ray.data import listings, readers, sources
-from mdt_ray.data.vae import load_vae
-from mdt_ray.evaluation import chunks
+from mdt_ray.data import images, picture_sets, readers
+from mdt_ray.data.vae import Vae, load_vae
+from mdt_ray.evaluation import chunks, results
 from mdt_ray.evaluation.digits import load_digits_features
 from mdt_ray.inference.sampler import Sampler, labels_of
 from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
 from tests.inference.conftest import make_checkpoint
 
+METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 SAMPLING = SamplingConfig(sampler="dpm-solver++", num_sampling_steps=5, cfg_scale=3.0)
 
 
 def evaluation(checkpoint: str, output, **changes) -> EvaluateConfig:
-    base = EvaluateConfig(checkpoint=checkpoint, output=str(output), reference="digits", sampling=SAMPLING, num_samples=60,
-                          chunk_size=20, sample_batch_size=7, labels="random", keep_images=60)
+    base = EvaluateConfig(checkpoint=checkpoint, output=str(output), reference="digits", extractor="digits",
+                          sampling=SAMPLING, num_samples=60, chunk_size=20, sample_batch_size=7, labels="random",
+                          keep_images=60)
     return dataclasses.replace(base, **changes)
 
 
@@ -66,7 +68,7 @@ def test_decoding_truncates_or_rounds():
 def test_metrics_do_not_depend_on_the_chunk_plan(checkpoint, tmp_path):
     results = [evaluate_many([evaluation(checkpoint, tmp_path / str(size), chunk_size=size)], pool=False)[0]["metrics"]
                for size in (20, 33)]
-    assert set(results[0]) == {f"{m}_digits" for m in ("fid", "sfid", "is", "precision", "recall", "label_accuracy")}
+    assert set(results[0]) == {f"{m}_digits_60" for m in (*METRICS, "label_accuracy")}
     for name, value in results[0].items():
         assert results[1][name] == pytest.approx(value, rel=1e-3), name
 
@@ -106,10 +108,10 @@ def test_an_evaluation_names_its_guide(checkpoint, tmp_path):
 
 def test_images_that_cannot_be_judged_are_refused(checkpoint, tmp_path):
     """A sampler that draws one grey image again and again."""
-    def grey(self, first, labels, seed) -> torch.Tensor:
-        return torch.full((len(labels), 3, 32, 32), 7, dtype=torch.uint8)
+    def grey(self, latents, round_pixels=False) -> torch.Tensor:
+        return torch.full((len(latents), 3, 32, 32), 7, dtype=torch.uint8)
 
-    with mock.patch.object(Sampler, "draw", grey), pytest.raises(ValueError, match="these images give no metrics:") as error:
+    with mock.patch.object(Vae, "decode", grey), pytest.raises(ValueError, match="these images give no metrics:") as error:
         evaluate_many([evaluation(checkpoint, tmp_path)], pool=False)
     copies, flat = str(error.value).splitlines()[1:]
     assert copies.startswith("  59 of 60 images are copies of others")
@@ -121,7 +123,7 @@ def test_an_unconditional_model_is_evaluated_without_labels(tmp_path):
     unconditional = make_checkpoint(tmp_path / "checkpoint", num_classes=0)
     sampling = dataclasses.replace(SAMPLING, cfg_scale=1.0)
     metrics = evaluate_many([evaluation(unconditional, tmp_path / "a", sampling=sampling)], pool=False)[0]["metrics"]
-    assert set(metrics) == {f"{m}_digits" for m in ("fid", "sfid", "is", "precision", "recall")}
+    assert set(metrics) == {f"{m}_digits_60" for m in METRICS}
     with pytest.raises(ValueError, match="the model is unconditional; use cfg_scale 1"):
         Sampler(unconditional, SAMPLING)
 
@@ -129,7 +131,7 @@ def test_an_unconditional_model_is_evaluated_without_labels(tmp_path):
 def test_a_finished_evaluation_is_read_and_a_missing_chunk_made_again(checkpoint, tmp_path):
     config = evaluation(checkpoint, tmp_path)
     first = evaluate_many([config], pool=False)[0]
-    uris = list(plan(config).sample_uris())
+    uris = plan(config).sample_uris
     before = [storage.read_bytes(uri) for uri in uris]
     storage.remove(storage.join(str(tmp_path), "metrics.json"))
     storage.remove(uris[1])
@@ -140,17 +142,20 @@ def test_a_finished_evaluation_is_read_and_a_missing_chunk_made_again(checkpoint
 
 
 def test_real_images_score_as_themselves():
-    extractor = load_digits_features()
-    source = sources.open_source("digits")
-    piece = readers.read_few(source.folder, source.kind, listings.list_images(source).table.slice(0, 600))
-    real = chunks.reference_chunk(extractor, piece, 32, 10)
-    assert real["images"].shape == (10, 32, 32, 3)
-    measured = chunks.Measured(**{k: v for k, v in real.items() if k != "images"})
-    metrics = chunks.compute_metrics(measured, measured, "digits")
-    assert metrics["fid_digits"] == pytest.approx(0, abs=1e-6)
-    assert metrics["precision_digits"] == metrics["recall_digits"] == 1
-    assert metrics["label_accuracy_digits"] > 0.98
-    assert 6 < metrics["is_digits"] <= 10
+    digits = picture_sets.open_pictures("digits")
+    source = digits.source
+    piece = readers.read_few(source.folder, source.kind, digits.listing.table.slice(0, 600))
+    pictures, labels = images.decode_piece(piece, 32).images, np.array(piece.labels, dtype=np.int64)
+    real = chunks.measure(load_digits_features(), pictures, labels, np.arange(10))
+    assert np.array_equal(real.images, pictures[:10])
+    summary = results.summarise([real])
+    metrics, intervals = results.compare(summary, summary.statistics, summary.features, "digits")
+    assert metrics["fid_digits_600"] == pytest.approx(0, abs=1e-6)
+    assert metrics["precision_digits_600"] == metrics["recall_digits_600"] == 1
+    assert metrics["label_accuracy_digits_600"] > 0.98
+    assert 6 < metrics["is_digits_600"] <= 10
+    low, high = intervals["kid_digits_600"]
+    assert low < 0 < high
 
 
 def test_metrics_json_says_what_identifies_the_numbers(checkpoint, tmp_path):
@@ -190,7 +195,7 @@ def test_an_extractor_refuses_images_of_another_size():
 def test_kept_images_come_in_index_order(checkpoint, tmp_path):
     config = evaluation(checkpoint, tmp_path, keep_images=30)
     evaluate_many([config], pool=False)
-    uris = list(plan(config).sample_uris())
+    uris = plan(config).sample_uris
     pictures, labels = chunks.kept_images(uris, 25)
     assert pictures.shape == (25, 32, 32, 3)
     assert np.array_equal(labels, labels_of(0, 25, 10, "random", 0).numpy())

@@ -88,9 +88,10 @@ def test_the_checkpoint_opens_and_is_evaluated(trained, tmp_path, capsys):
     assert "| EMA decay | power function of sigma_rel 0.06, reconstructed to 0." in card
     assert "# mdt_v1, 3 blocks" in card
     found = evaluate_many([EvaluateConfig(
-        checkpoint=made, output=str(tmp_path / "judged"), reference="digits", num_samples=8, chunk_size=500,
-        sample_batch_size=8, keep_images=0, sampling=SamplingConfig(sampler="ddim", num_sampling_steps=2))], pool=False)
-    assert found[0]["metrics"]["fid_digits"] > 0
+        checkpoint=made, output=str(tmp_path / "judged"), reference="digits", extractor="digits", num_samples=8,
+        chunk_size=500, sample_batch_size=8, keep_images=0, sampling=SamplingConfig(sampler="ddim", num_sampling_steps=2))],
+        pool=False)
+    assert found[0]["metrics"]["fid_digits_8"] > 0
 
 
 def test_the_same_command_does_nothing_and_another_is_refused(trained, tmp_path, capsys):
@@ -164,10 +165,10 @@ def test_a_folder_of_other_files_is_left_alone(trained, tmp_path, capsys):
 
 
 def test_further_averages_are_evaluated_by_name(trained, tmp_path):
-    config = EvaluateConfig(checkpoint=trained, output=str(tmp_path / "judged"), reference="digits", num_samples=8,
-                            chunk_size=500, keep_images=0,
+    config = EvaluateConfig(checkpoint=trained, output=str(tmp_path / "judged"), reference="digits", extractor="digits",
+                            num_samples=8, chunk_size=500, keep_images=0,
                             sampling=SamplingConfig(sampler="ddim", num_sampling_steps=2, weights="ema_power_0.050"))
-    assert evaluate_many([config], pool=False)[0]["metrics"]["fid_digits"] > 0
+    assert evaluate_many([config], pool=False)[0]["metrics"]["fid_digits_8"] > 0
     wrong = config_io.override(config, {"sampling.weights": "ema_0.5", "output": str(tmp_path / "other")})
     with pytest.raises(ValueError, match=r"weights = 'ema_0.5'.*use one of ema, ema_power_0.050, ema_power_0.075"):
         evaluate_many([wrong], pool=False)

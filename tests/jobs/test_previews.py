@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ray
 def config(tmp_path_factory, ray_session):
     folder = tmp_path_factory.mktemp("previews")
     harness.run_here(["precompute", "digits", "--output", f"{folder}/latents", "--workers.num-workers", "1"])
-    judged = EvaluateConfig(reference="digits", num_samples=40, keep_images=20, chunk_size=900,
+    judged = EvaluateConfig(reference="digits", extractor="digits", num_samples=40, keep_images=20, chunk_size=900,
                             sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=4))
     return dataclasses.replace(
         presets.digits().train, latents=f"{folder}/latents", output=f"{folder}/train", num_steps=30, log_every_steps=5,

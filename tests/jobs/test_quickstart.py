@@ -58,8 +58,8 @@ def test_the_report_is_one_whole_page(run):
     assert all(image["alt"] and len(image["src"]) > 2000 for image in page.images)
     text = " ".join(page.text)
     assert "<b>runs & co" in text, "strings from outside are shown as they are, not as markup"
-    for name in ("fid_digits", "sfid_digits", "is_digits", "precision_digits", "recall_digits", "label_accuracy_digits",
-                 "fid_digits_30", "dpm-solver++", "seeds 0 .. 59"):
+    measured = ("fid", "sfid", "is", "precision", "recall", "kid", "label_accuracy")
+    for name in (*(f"{metric}_digits_60" for metric in measured), "fid_digits_30", "dpm-solver++", "seeds 0 .. 59"):
         assert name in text, name
     assert not re.search(r"\bFID\b", text), "these metrics are not Inception's"
 

@@ -34,7 +34,7 @@ def test_they_are_the_images_of_an_evaluation(config, checkpoint, tmp_path):
     sample(dataclasses.replace(config, batch_size=4))
     pictures, labels = arrays(config.output)
     judged = EvaluateConfig(checkpoint=checkpoint, output=str(tmp_path / "judged"), reference="digits", sampling=SAMPLING,
-                            num_samples=10, chunk_size=10, sample_batch_size=10, keep_images=10, seed=3)
+                            extractor="digits", num_samples=10, chunk_size=10, sample_batch_size=10, keep_images=10, seed=3)
     evaluate_many([judged], pool=False)
     expected, their_labels = chunks.kept_images([str(tmp_path / "judged" / "chunks" / "00000000.safetensors")], 10)
     assert labels.tolist() == their_labels.tolist()

@@ -1,0 +1,92 @@
+"""Pictures that exist, to be measured by ranges of their index: those of a source, or of an .npz file. Not drawn ones."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mdt_ray import storage
+from mdt_ray.data import arrays, images, listings, readers, sources
+from mdt_ray.data.listings import Listing
+from mdt_ray.data.sources import Source
+
+LISTING = "listing.parquet"
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """What there is to read, in index order."""
+
+    uri: str
+    num_images: int
+    image_size: int | None
+    """Side of the pictures where all have one, else of the first; None for a source that is cropped to any."""
+    fingerprint: str
+    """Of the content: names and sizes of a source's files, checksums of an npz."""
+    source: Source | None = None
+    listing: Listing | None = None
+
+    def hand_out(self, folder: str, chunk_size: int) -> dict[str, Any]:
+        """What `read_range` takes in another process; a source's listing is written below `folder`, cut by chunks."""
+        if self.listing is None:
+            return {"npz": self.uri}
+        starts = range(0, self.num_images, chunk_size)
+        parts = [np.arange(start, min(start + chunk_size, self.num_images)) for start in starts]
+        uri = storage.join(folder, LISTING)
+        listings.write_parts(uri, self.listing, parts)
+        return {"listing": uri, "folder": self.source.folder, "kind": self.source.kind}
+
+
+def open_pictures(uri: str, labels: str = "") -> PictureSet:
+    """A folder, Parquet or tar source (labels are welcome, and not needed), `digits`, or an .npz file with `arr_0`.
+
+    Raises ValueError for what is none of these, and pictures that are not square.
+    """
+    if storage.base(uri).endswith(".npz"):
+        npz = arrays.open_npz(uri)
+        if npz.height != npz.width:
+            raise ValueError(f"{uri}: has pictures of {npz.width} x {npz.height} pixels, but they must be square: cut them")
+        return PictureSet(uri=uri, num_images=npz.num_images, image_size=npz.height, fingerprint=arrays.fingerprint(uri))
+    source = sources.open_source(uri, labels, need_labels=False)
+    listing = listings.list_images(source)
+    return PictureSet(uri=uri, num_images=listing.table.num_rows, image_size=None, fingerprint=source.fingerprint,
+                      source=source, listing=listing)
+
+
+def side_of(pictures: PictureSet) -> int:
+    """Side of the first picture, which all others must share where nothing is cropped.
+
+    Raises ValueError if it is no picture, or not square.
+    """
+    if pictures.image_size is not None:
+        return pictures.image_size
+    piece = readers.read_few(pictures.source.folder, pictures.source.kind, pictures.listing.table.slice(0, 1))
+    try:
+        first = images.decode_image(piece.data[0].as_py())
+    except ValueError as error:
+        raise ValueError(f"{pictures.uri}: {piece.ids[0]!r}: {error}; mend or remove it") from error
+    if first.width != first.height:
+        raise ValueError(f"{pictures.uri}: {piece.ids[0]!r} has {first.width} x {first.height} pixels, but pictures must be "
+                         "square; cut them")
+    return first.width
+
+
+def read_range(handed: dict[str, Any], start: int, stop: int, chunk_size: int, image_size: int,
+               exact: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures start..stop (a chunk) of what `hand_out` gave: (n, H, W, 3) uint8 and labels (n,) int64, -1 without.
+
+    Args:
+        image_size: side to crop a source's pictures to.
+        exact: refuse pictures that are not readable or of another size, instead of leaving out and cropping them.
+    Raises ValueError.
+    """
+    if "npz" in handed:
+        npz = arrays.open_npz(handed["npz"])
+        return arrays.read_images(npz, start, stop), arrays.read_labels(npz)[start:stop]
+    rows, _, _ = listings.read_parts(handed["listing"], [start // chunk_size])
+    piece = readers.read_few(handed["folder"], handed["kind"], rows)
+    found = images.decode_piece(piece, image_size, exact=exact)
+    if exact and found.rejected:
+        first = found.rejected[0]
+        raise ValueError(f"{storage.join(handed['folder'], first['id'])}: {first['reason']}; mend or remove it")
+    return found.images, np.array(found.labels, dtype=np.int64)

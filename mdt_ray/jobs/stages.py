@@ -1,0 +1,157 @@
+"""The actors of an evaluation: draw, decode or read, measure. Each does its part of a chunk and hands it on; the last writes
+the chunk's file.
+
+An item is a small dict, its arrays travel as safetensors bytes. The same item gives the same bytes, whoever works on it.
+"""
+
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from mdt_ray import config_io, storage
+from mdt_ray.config import EvaluateConfig, WorkersConfig
+from mdt_ray.data.picture_sets import read_range
+from mdt_ray.evaluation import chunks, extractors
+from mdt_ray.inference.sampler import Networks, draw_latents, labels_of, load_decoder, load_networks
+from mdt_ray.jobs import session
+from mdt_ray.jobs.fanout import Stage
+from mdt_ray.training.run import autocast_dtype
+
+ARRAYS = "arrays"
+SHARE = 0.1
+"""Of a sampler's GPU, that its decoder and its feature network take each: they have far less to do."""
+SAMPLERS_PER_HELPER = 4
+"""Samplers on CPUs that one decoder and one feature network keep up with."""
+
+
+class Draw:
+    """Item with plan, start, stop -> latents and labels of these images; loads networks when it first needs them."""
+
+    def __init__(self, plain: list[dict[str, Any]], workers: dict[str, Any], mailbox: Any = None):
+        self.configs = [config_io.from_dict(EvaluateConfig, p) for p in plain]
+        self.device = torch.device(session.settle(WorkersConfig(**workers)))
+        self.mailbox = mailbox
+        self.networks = functools.lru_cache(maxsize=1)(self._networks)
+
+    def _networks(self, checkpoint: str, weights: str, guide: str, guide_weights: str, precision: str) -> Networks:
+        sampling = next(c.sampling for c in self.configs if _networks_of(c) == (checkpoint, weights, guide, guide_weights,
+                                                                                 precision))
+        return load_networks(checkpoint, sampling, self.device, autocast_dtype(precision, self.device))
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        config, start, stop = self.configs[item["plan"]], item["start"], item["stop"]
+        networks = self.networks(*_networks_of(config))
+        began, parts = time.time(), []
+        labels = labels_of(start, stop, networks.num_classes, config.labels, config.seed)  # (n,)
+        busy = 0.0
+        for first, part in _batches(labels, config.sample_batch_size):
+            started = time.perf_counter()
+            parts.append(draw_latents(networks, config.sampling, start + first, part, config.seed).cpu())
+            busy += time.perf_counter() - started
+            if self.mailbox is not None:
+                self.mailbox.put.remote({"chunk": item["number"], "num_read": first + len(part)}, item["number"])
+        return item | _packed(latents=torch.cat(parts).numpy(), labels=labels.numpy()) | {
+            "drawer": f"{os.uname().nodename}:{os.getpid()}", "began": began, "ended": time.time(), "busy": busy}
+
+
+def _networks_of(config: EvaluateConfig) -> tuple[str, ...]:
+    s = config.sampling
+    return config.checkpoint, s.weights, s.guide, s.guide_weights, config.precision
+
+
+class Decode:
+    """Latents -> pictures; keeps the latents of the first images for the search for copies."""
+
+    def __init__(self, plain: list[dict[str, Any]], workers: dict[str, Any]):
+        self.configs = [config_io.from_dict(EvaluateConfig, p) for p in plain]
+        self.device = session.settle(WorkersConfig(**workers))
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+        self.vae = functools.cache(lambda uri: load_decoder(storage.read_json(storage.join(uri, "state.json")), self.device))
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        config, arrays = self.configs[item["plan"]], load_safetensors(item[ARRAYS])
+        vae, parts = self.vae(config.checkpoint), []
+        for _, part in _batches(torch.from_numpy(arrays["latents"]), config.sample_batch_size):
+            parts.append(vae.decode(part.to(self.device), config.sampling.round_pixels).cpu().permute(0, 2, 3, 1))
+        return item | _packed(pictures=torch.cat(parts).contiguous().numpy(), labels=arrays["labels"],
+                              latents=arrays["latents"][:max(config.keep_images - item["start"], 0)])
+
+
+class Read:
+    """Pictures that exist: an item names the set, start and stop."""
+
+    def __init__(self, handed: list[dict[str, Any]]):
+        self.handed = handed
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        pictures, labels = read_range(self.handed[item["plan"]], item["start"], item["stop"], item["chunk_size"],
+                                      item["image_size"], item["exact"])
+        return item | _packed(pictures=pictures, labels=labels)
+
+
+class Measure:
+    """Pictures -> features in the item's file; what is returned is small."""
+
+    def __init__(self, workers: dict[str, Any]):
+        device = session.settle(WorkersConfig(**workers))
+        self.extractor = functools.cache(lambda name, weights: extractors.load_extractor(name, weights, device))
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        arrays = load_safetensors(item.pop(ARRAYS))
+        total = item["total"] if item.get("total", 0) else None
+        kept = chunks.kept_rows(item["start"], item["stop"], item["num_kept"], total)
+        kept = kept[kept < len(arrays["pictures"])]
+        extractor = self.extractor(item["extractor"], item["extractor_weights"])
+        chunks.write_chunk(item["uri"], chunks.measure(extractor, arrays["pictures"], arrays["labels"], kept,
+                                                       arrays.get("latents")))
+        return item | {"num_images": item["stop"] - item["start"]}
+
+
+def drawing(plain: list[dict[str, Any]], workers: WorkersConfig, mailbox: Any = None) -> list[Stage]:
+    """The stages of drawn pictures; on a GPU each sampler comes with a decoder and a feature network of its own."""
+    own, helper = workers, _helper(workers)
+    if workers.gpus_per_worker:
+        own = WorkersConfig(num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker,
+                            gpus_per_worker=workers.gpus_per_worker * (1 - 2 * SHARE))
+    return [Stage(Draw, (plain, vars(own), mailbox), own), Stage(Decode, (plain, vars(helper)), helper),
+            Stage(Measure, (vars(helper),), helper)]
+
+
+def reading(handed: list[dict[str, Any]], workers: WorkersConfig) -> list[Stage]:
+    """The stages of pictures that exist: the feature networks have the workers' devices, readers a CPU for each."""
+    readers = WorkersConfig(num_workers=workers.num_workers, cpus_per_worker=0.5)
+    return [Stage(Read, (handed,), readers), Stage(Measure, (vars(workers),), workers)]
+
+
+def here(stages: list[Stage], items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same work in this process, without Ray."""
+    workers = [stage.worker(*stage.arguments) for stage in stages] if items else []
+    for item in items:
+        for work in workers:
+            item = work(item)
+        yield item
+
+
+def _helper(workers: WorkersConfig) -> WorkersConfig:
+    if workers.gpus_per_worker:
+        return WorkersConfig(num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker,
+                             gpus_per_worker=workers.gpus_per_worker * SHARE)
+    return WorkersConfig(num_workers=math.ceil(workers.num_workers / SAMPLERS_PER_HELPER),
+                         cpus_per_worker=min(0.5, workers.cpus_per_worker))
+
+
+def _batches(tensor: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Parts of a tensor and the row that each starts at."""
+    return zip(range(0, len(tensor), size), tensor.split(size), strict=True)
+
+
+def _packed(**arrays: np.ndarray) -> dict[str, bytes]:
+    return {ARRAYS: save_safetensors({name: np.ascontiguousarray(value) for name, value in arrays.items()})}

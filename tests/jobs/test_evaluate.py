@@ -1,0 +1,250 @@
+"""Evaluations of checkpoints and of pictures made elsewhere, against images and statistics; ranges of seeds; sweeps."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mdt_ray import cli, storage
+from mdt_ray.config import EvaluateConfig, ReferenceConfig, SamplingConfig, SweepConfig, WorkersConfig
+from mdt_ray.data import arrays, images, picture_sets, readers
+from mdt_ray.evaluation import chunks, metrics, results
+from mdt_ray.evaluation.digits import load_digits_features
+from mdt_ray.evaluation.reference import read_reference
+from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
+from mdt_ray.jobs.reference import reference
+from mdt_ray.jobs.sweep import settings_of, sweep
+from tests.inference.conftest import make_checkpoint
+
+SAMPLING = SamplingConfig(sampler="dpm-solver++", num_sampling_steps=4, cfg_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """The embedded pictures (N, 32, 32, 3) and their labels."""
+    found = picture_sets.open_pictures("digits")
+    piece = readers.read_few(found.source.folder, found.source.kind, found.listing.table)
+    return images.decode_piece(piece, 32).images, np.array(piece.labels, dtype=np.int64)
+
+
+def saved(path: Path, pictures: np.ndarray, **others: np.ndarray) -> str:
+    np.savez(path, arr_0=pictures, **others)
+    return str(path)
+
+
+def judged(output: Path, **changes) -> dict:
+    config = EvaluateConfig(output=str(output), extractor="digits", chunk_size=40, keep_images=10)
+    return evaluate_many([dataclasses.replace(config, **changes)], pool=False)[0]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, digits) -> dict[str, str]:
+    """Pictures in the ways that other systems leave them: the first 100 as samples, the rest as the reference."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pictures, labels = digits
+    for i, picture in enumerate(pictures[:100]):
+        (folder / "flat").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(folder / "flat" / f"{i:05d}.png")
+    return {"npz": saved(folder / "samples.npz", pictures[:100], arr_1=labels[:100]),
+            "compressed": str(folder / "compressed.npz"), "flat": str(folder / "flat"),
+            "reference": saved(folder / "reference_batch.npz", pictures[100:400])} | (
+        np.savez_compressed(folder / "compressed.npz", arr_0=pictures[:100]) or {})
+
+
+def test_pictures_made_elsewhere_give_the_metrics_of_their_features(files, digits, tmp_path):
+    """All ways to hand them in agree, and with the metrics computed plainly."""
+    found = {name: judged(tmp_path / name, samples=files[name], reference=files["reference"], num_samples=100)
+             for name in ("npz", "compressed", "flat")}
+    network = load_digits_features()
+    made, real = (chunks.measure(network, part, np.full(len(part), -1), np.arange(0))
+                  for part in (digits[0][:100], digits[0][100:400]))
+    mean, sigma = (lambda x: x.astype(np.float64).mean(0)), (lambda x: np.cov(x.astype(np.float64), rowvar=False))
+    expected = {
+        "fid_digits_100": metrics.frechet_distance(mean(made.pool), sigma(made.pool), mean(real.pool), sigma(real.pool)),
+        "sfid_digits_100": metrics.frechet_distance(*(f(x.spatial) for x in (made, real) for f in (mean, sigma))),
+        "is_digits_100": metrics.inception_score(results.softmax(made.logits)),
+        **dict(zip(("precision_digits_100", "recall_digits_100"), metrics.precision_recall(real.pool, made.pool),
+                   strict=True)),
+        "kid_digits_100": metrics.kernel_distance(real.pool, made.pool, block_size=10).value}
+    for name, result in found.items():
+        values = dict(result["metrics"])
+        accuracy = values.pop("label_accuracy_digits_100", None)
+        assert (accuracy is not None) == (name == "npz"), "labels come with arr_1 only"
+        assert values == pytest.approx(expected, rel=1e-6, abs=1e-9), name
+        assert result["checkpoint"] is None
+        assert result["sampling"] is None
+    assert found["npz"]["samples"]["hash"] != found["flat"]["samples"]["hash"]
+
+
+def test_statistics_stand_in_for_the_images(files, digits, tmp_path):
+    """`reference` builds what the official files hold; with it the numbers are those of the images themselves."""
+    made = reference(ReferenceConfig(source=files["reference"], output=str(tmp_path / "statistics"), image_size=32,
+                                     extractor="digits", num_images=60, chunk_size=70), pool=False)
+    with np.load(made, allow_pickle=False) as file:
+        assert file["arr_0"].shape == (60, 32, 32, 3)
+        assert np.array_equal(file["arr_0"], digits[0][100:400][chunks.spread(300, 60)])
+        assert set(file) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "facts"}
+    assert not (tmp_path / "statistics" / "chunks").exists()
+    given = {"samples": files["npz"], "num_samples": 100}
+    by_statistics = judged(tmp_path / "a", reference=made, **given)
+    by_images = judged(tmp_path / "b", reference=files["reference"], **given)
+    for name in ("fid_digits_100", "sfid_digits_100", "is_digits_100"):
+        assert by_statistics["metrics"][name] == pytest.approx(by_images["metrics"][name], rel=1e-9), name
+    real = chunks.measure(load_digits_features(), digits[0][100:400][chunks.spread(300, 60)], np.zeros(60), np.arange(0))
+    own = chunks.measure(load_digits_features(), digits[0][:100], np.zeros(100), np.arange(0))
+    assert (by_statistics["metrics"]["precision_digits_100"], by_statistics["metrics"]["recall_digits_100"]) == \
+        metrics.precision_recall(real.pool, own.pool)
+    assert by_statistics["reference"]["num_images"] == 300
+    assert "fid_digits_between_halves" not in by_statistics["reference"]
+    assert reference(ReferenceConfig(source=files["reference"], output=str(tmp_path / "statistics"), image_size=32,
+                                     extractor="digits", num_images=60, chunk_size=70)) == made, "nothing is left to do"
+
+
+def test_an_official_file_drops_in(files, digits, tmp_path):
+    """Keys and shapes of ADM's files; features of Inception with random weights stand for the published ones."""
+    import torch
+
+    from mdt_ray.evaluation.inception import Inception
+
+    torch.manual_seed(0)
+    network = Inception()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    real = chunks.measure(network, digits[0][100:124], np.full(24, -1), np.arange(0))
+    sigma = [np.cov(x.astype(np.float64), rowvar=False) for x in (real.pool, real.spatial)]
+    official = saved(tmp_path / "VIRTUAL_32.npz", digits[0][100:124], mu=real.pool.mean(0), sigma=sigma[0],
+                     mu_s=real.spatial.mean(0), sigma_s=sigma[1])
+    small = saved(tmp_path / "small.npz", digits[0][:12])
+    found = judged(tmp_path / "out", samples=small, reference=official, num_samples=12, extractor="inception",
+                   extractor_weights=str(tmp_path / "weights.pth"))
+    assert set(found["metrics"]) == {f"{name}_12" for name in ("fid", "sfid", "is", "precision", "recall", "kid")}
+    made = chunks.measure(network, digits[0][:12], np.full(12, -1), np.arange(0))
+    pool = made.pool.astype(np.float64)
+    expected = metrics.frechet_distance(pool.mean(0), np.cov(pool, rowvar=False), real.pool.mean(0).astype(np.float64),
+                                        sigma[0])
+    assert found["metrics"]["fid_12"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="extractor is 'inception', but the samples' is 'digits'"):
+        judged(tmp_path / "other", samples=small, reference=official, num_samples=12)
+
+
+def test_ranges_of_seeds_give_mean_and_spread(checkpoint, tmp_path):
+    shared = {"checkpoint": checkpoint, "reference": "digits", "sampling": SAMPLING, "num_samples": 40, "seed": 5}
+    found = judged(tmp_path / "ranges", num_seed_ranges=2, **shared)
+    alone = [judged(tmp_path / str(seed), **{**shared, "seed": seed})["metrics"] for seed in (5, 45)]
+    name = "fid_digits_40"
+    assert found["metrics"][name] == pytest.approx(np.mean([a[name] for a in alone]))
+    assert found["ranges"]["min"][name] == min(a[name] for a in alone)
+    assert found["ranges"]["std"][name] == pytest.approx(np.std([a[name] for a in alone], ddof=1))
+    assert [s["seed"] for s in found["seeds"]] == [5, 45]
+    assert sorted(p.name for p in (tmp_path / "ranges").glob("seeds-*")) == ["seeds-45", "seeds-5"]
+
+
+def test_a_row_says_what_the_numbers_are_of(checkpoint, tmp_path):
+    found = judged(tmp_path, checkpoint=checkpoint, reference="digits", sampling=SAMPLING, num_samples=40)
+    (row,) = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
+    assert row["metrics.fid_digits_40"] == found["metrics"]["fid_digits_40"]
+    assert row["checkpoint.hash"] == found["checkpoint"]["hash"]
+    for key in ("sampling.sampler", "sampling.num_sampling_steps", "sampling.cfg_scale", "sampling.weights", "labels",
+                "seed", "num_samples", "vae.weights_hash", "precision", "extractor", "extractor_hash", "reference.hash"):
+        assert row[key] is not None, key
+    low, high = json.loads(row["intervals.kid_digits_40"])
+    assert low < row["metrics.kid_digits_40"] < high
+
+
+def test_names_carry_the_number_of_samples():
+    assert [results.metric_name("fid", extractor, count) for extractor, count in (
+        ("inception", 50_000), ("inception", 5000), ("inception", 1999), ("dinov2", 50_000), ("digits", 300))] == [
+        "fid_50k", "fid_5k", "fid_1999", "fd_dinov2_50k", "fid_digits_300"]
+
+
+# Through Ray
+
+
+@pytest.mark.ray
+def test_workers_and_batches_change_no_image(checkpoint, ray_session, tmp_path):
+    """1, 2 and 3 samplers, batches of 1, 7 and 64: equal labels, images within a grey level; of equal plans, equal bytes."""
+    found, kept = {}, {}
+    for workers, batch in ((1, 64), (2, 64), (3, 7), (1, 1)):
+        output = tmp_path / f"{workers}-{batch}"
+        config = EvaluateConfig(checkpoint=checkpoint, output=str(output), reference="digits", extractor="digits",
+                                sampling=SAMPLING, num_samples=72, chunk_size=24, sample_batch_size=batch, keep_images=72,
+                                workers=WorkersConfig(num_workers=workers, cpus_per_worker=0.5))
+        found[workers, batch] = evaluate(config)
+        kept[workers, batch] = chunks.kept_images(plan(config).sample_uris, 72)
+    pictures, labels = kept[1, 64]
+    assert pictures.std() > 1
+    for key, (others, their_labels) in kept.items():
+        assert np.array_equal(labels, their_labels), key
+        assert abs(others.astype(int) - pictures).max() <= 1, key
+    assert found[1, 64]["metrics"] == found[2, 64]["metrics"]
+    for path in (tmp_path / "1-64" / "chunks").iterdir():
+        assert path.read_bytes() == (tmp_path / "2-64" / "chunks" / path.name).read_bytes()
+    assert 0 < found[2, 64]["samplers"]["busy_share"] <= 1
+
+
+@pytest.mark.ray
+def test_a_sweep_draws_its_frontier(checkpoint, ray_session, tmp_path):
+    config = SweepConfig(output=str(tmp_path), cfg_scale=(1.0, 2.0), cfg_power=(0.0, 2.0), cfg_interval=((0, 999), (0, 400)),
+                         evaluate=EvaluateConfig(checkpoint=checkpoint, reference="digits", extractor="digits",
+                                                 sampling=SAMPLING, num_samples=40, chunk_size=40, keep_images=0))
+    assert len(settings_of(config)) == 5, "without guidance, its schedule makes no difference"
+    found = sweep(config)
+    fids = [trial["metrics"]["fid_digits_40"] for trial in found["trials"]]
+    assert fids == sorted(fids)
+    assert len(set(fids)) == 5
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.glob("reference-*"))) == 1, "the real images are measured once"
+    best = cli.parse("evaluate", ["--config", str(tmp_path / "best.json")]).settings
+    assert (best.sampling.cfg_scale, best.num_samples) == (found["trials"][0]["cfg_scale"], 50_000)
+    assert sweep(config) == found
+
+
+@pytest.mark.ray
+def test_a_reference_is_built_by_the_pool(ray_session, tmp_path):
+    settings = ReferenceConfig(source="digits", output=str(tmp_path / "a"), image_size=32, extractor="digits",
+                               workers=WorkersConfig(num_workers=2, cpus_per_worker=0.5))
+    made = reference(settings)
+    alone = reference(dataclasses.replace(settings, output=str(tmp_path / "b")), pool=False)
+    assert storage.read_bytes(made) == storage.read_bytes(alone)
+    assert read_reference(made).facts["num_images"] == 1797
+    assert arrays.open_npz(made).num_images == 1797
+
+
+# Bad input
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_done(files, digits, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    other_size = saved(tmp_path / "other.npz", np.zeros((10, 16, 16, 3), np.uint8))
+    oblong = saved(tmp_path / "oblong.npz", np.zeros((10, 32, 16, 3), np.uint8))
+    shared = {"samples": files["npz"], "reference": files["reference"], "num_samples": 100}
+    for changes, message in (
+            ({"num_samples": 5000}, "num_samples = 5000: .* holds 100 pictures; use --num-samples 100"),
+            ({"reference": other_size}, "has pictures of 16 pixels, but the samples have 32"),
+            ({"samples": other_size, "num_samples": 10}, "reads 32x32 images, but these are 16x16"),
+            ({"samples": oblong, "num_samples": 10}, "has pictures of 16 x 32 pixels, but they must be square"),
+            ({"samples": ""}, "checkpoint = '': not given; name one, or pictures by --samples"),
+            ({"checkpoint": checkpoint}, "are measured without a checkpoint"),
+            ({"extractor": "inception", "extractor_weights": str(tmp_path / "none.pth")}, "fetch them with: .*curl")):
+        with pytest.raises(ValueError, match=message):
+            judged(out, **{**shared, **changes})
+    assert not out.exists()
+
+
+def test_pictures_of_several_sizes_are_refused(files, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i, side in enumerate((32, 32, 31)):
+        Image.new("RGB", (side, side), (i, 0, 0)).save(folder / f"{i}.png")
+    message = "2.png: has 31 x 31 pixels, the first picture 32 x 32; mend or remove it"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        judged(tmp_path / "out", samples=str(folder), reference=files["reference"], num_samples=3)
