@@ -38,12 +38,14 @@ def picture(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def grid(rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[str] = (), scale: float = 0.52) -> bytes:
-    """Images in labelled rows: each row is (n, H, W, 3) uint8."""
+def grid(rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[str] = (), scale: float = 0.52,
+         captions: Sequence[Sequence[str]] = ()) -> bytes:
+    """Images in labelled rows: each row is (n, H, W, 3) uint8. `captions` has a text below each."""
     width, height = max(len(r) for r in rows), len(rows)
-    figure = Figure(figsize=(scale * width + 1.2, scale * height + (0.3 if columns else 0.05)), dpi=110)
-    axes = figure.subplots(height, width, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
-    figure.subplots_adjust(left=1.15 / figure.get_figwidth(), right=1, bottom=0,
+    line = 0.2 if captions else 0
+    figure = Figure(figsize=(scale * width + 1.2, (scale + line) * height + (0.3 if columns else 0.05)), dpi=110)
+    axes = figure.subplots(height, width, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06 + line / scale})
+    figure.subplots_adjust(left=1.15 / figure.get_figwidth(), right=1, bottom=line / figure.get_figheight(),
                            top=1 - (0.28 / figure.get_figheight() if columns else 0))
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         for j in range(width):
@@ -51,6 +53,10 @@ def grid(rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[st
             if j < len(row):
                 axes[i, j].imshow(row[j], interpolation="nearest")
         axes[i, 0].text(-0.12, 0.5, label, transform=axes[i, 0].transAxes, ha="right", va="center", fontsize=9, color=INK)
+    for i, row in enumerate(captions):
+        for j, caption in enumerate(row):
+            axes[i, j].text(0.5, -0.04, caption, transform=axes[i, j].transAxes, ha="center", va="top", fontsize=8,
+                            color=MUTED)
     for j, column in enumerate(columns):
         axes[0, j].set_title(column, fontsize=9, color=INK, pad=3)
     return _png(figure)
