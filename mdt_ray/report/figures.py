@@ -2,14 +2,24 @@
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise, product
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.transforms import Bbox
 from PIL import Image
+
+from mdt_ray.evaluation.frontier import Point, pareto
 
 INK, MUTED, GRID = "#1c2733", "#5b6b7b", "#e3e8ee"
 SERIES = ("#2463a8", "#d1602c", "#3a8f5f", "#8a4fa3")
+MARKERS = ("o", "s", "^", "D", "v")
+"""With the colours, 20 different ones in turn."""
+LABEL_DISTANCES = (10, 18, 30, 45, 65)
+LABEL_DIRECTIONS = ((1, -0.6), (1, 0), (0.5, -1), (0, -1), (1, 0.6), (-1, -0.6), (-1, 0), (-1, 0.6), (0, 1))
+"""Where a point's label is tried, in points: below a front to its right first, where no points are."""
 
 
 def curves(series: dict[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str,
@@ -79,6 +89,66 @@ def heat_map(x: Sequence[str], y: Sequence[str], values: np.ndarray, x_label: st
             axes.text(j, i, f"{values[i, j]:.4g}", ha="center", va="center", color="white" if dark else INK, fontsize=10)
     figure.colorbar(image, ax=axes, fraction=0.05)
     return _png(figure)
+
+
+def frontier(points: Sequence[Point], x_label: str, y_label: str) -> bytes:
+    """A sweep's settings by two metrics, high x and low y being good: a marker for each group, a line through those that no
+    other beats, which have their labels too, and a ring round the one of the lowest y.
+
+    Raises ValueError without points, and for one that is not finite.
+    """
+    if not points:
+        raise ValueError("points: none, but at least one is needed; run the sweep first")
+    figure, axes = _figure(7.2, 4.8)
+    front = pareto(points)
+    best = points[front[0]]
+    axes.plot([points[i].x for i in front], [points[i].y for i in front], color=INK, linewidth=1.2, zorder=1)
+    for number, group in enumerate(dict.fromkeys(p.group for p in points)):
+        members = [p for p in points if p.group == group]
+        axes.scatter([p.x for p in members], [p.y for p in members], s=30, color=SERIES[number % len(SERIES)],
+                     marker=MARKERS[number % len(MARKERS)], label=group, linewidths=0, zorder=2)
+    axes.scatter([best.x], [best.y], s=130, facecolors="none", edgecolors=INK, linewidths=1.4, zorder=3)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.12, y=0.12)
+    axes.legend(frameon=False, fontsize=9)
+    _label(axes, [(points[i].x, points[i].y) for i in front],
+           [f"best: {best.group}, {best.label}", *(points[i].label for i in front[1:])], [(p.x, p.y) for p in points])
+    return _png(figure)
+
+
+def _label(axes: Axes, places: Sequence[tuple[float, float]], texts: Sequence[str],
+           taken: Sequence[tuple[float, float]]) -> None:
+    """Write a text beside each place of a line, the first ones first, where it covers neither the line, nor points that are
+    `taken`, nor another text or its leader, and its own leader no text or point; one that finds no room is left out."""
+    axes.figure.draw_without_rendering()  # settles the layout: from here on pixels can be compared
+    frame, line = axes.get_window_extent(), axes.transData.transform(places)  # (n, 2)
+    markers = [_spot(pixel) for pixel in axes.transData.transform(taken)]
+    lines = [_spot(pixel) for start, stop in pairwise(line) for pixel in np.linspace(start, stop, 20)]
+    written = [axes.get_legend().get_window_extent()]
+    for place, pixel, text in zip(places, line, texts, strict=True):
+        for distance, direction in product(LABEL_DISTANCES, LABEL_DIRECTIONS):
+            offset = distance * np.array(direction)
+            note = axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, color=INK, va="center",
+                                 ha=("right", "center", "left")[1 + int(np.sign(offset[0]))])
+            note.set_in_layout(False)
+            box = note.get_window_extent().padded(2)
+            leader = [_spot(p) for p in np.linspace(pixel, pixel + offset * axes.figure.dpi / 72, 20)]
+            crossing = any(spot.count_overlaps(markers + written) for spot in leader if not spot.overlaps(_spot(pixel)))
+            inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+            if inside and not crossing and not box.count_overlaps(markers + lines + written):
+                axes.annotate("", place, offset, textcoords="offset points", zorder=1, arrowprops={
+                    "arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 2, "shrinkB": 0}).set_in_layout(False)
+                written.append(box)
+                lines += leader
+                break
+            note.remove()
+
+
+def _spot(pixel: np.ndarray) -> Bbox:
+    """What a marker takes there."""
+    return Bbox.from_bounds(*(pixel - 4), 8, 8)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, "object"]:
