@@ -439,6 +439,10 @@ class EvaluateConfig:
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         require(not (self.samples and self.checkpoint), "samples", self.samples,
                 f"are measured without a checkpoint, but checkpoint = {self.checkpoint!r}; leave one of them out")
+        require(not (self.latents and self.samples), "latents", self.latents,
+                "are compared with drawn samples only; leave it out")
+        require(not self.latents or self.keep_images > 0, "keep_images", self.keep_images,
+                "must be positive where latents are given: kept images are compared with them")
         require(not (self.samples and self.num_seed_ranges > 1), "num_seed_ranges", self.num_seed_ranges,
                 "samples that exist have no seeds; leave it out")
 

@@ -75,6 +75,9 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{path} = {value!r}: must be a list")
+        length = len(typing.get_args(hint))
+        if typing.get_args(hint)[-1] is not Ellipsis and len(value) != length:
+            raise ValueError(f"{path} = {value!r}: must be a list of {length}")
         return tuple(_checked(v, typing.get_args(hint)[0], f"{path}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
         if value not in typing.get_args(hint):
@@ -84,9 +87,11 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
     for option in options:
         if option is float and type(value) is int:
             return float(value)
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            return _checked(value, option, path)
         if type(value) is option:
             return value
-    names = " or ".join("None" if o is type(None) else o.__name__ for o in options)
+    names = " or ".join("None" if o is type(None) else "a list" if typing.get_origin(o) else o.__name__ for o in options)
     raise ValueError(f"{path} = {value!r}: must be {names}")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mdt_ray import config_io, presets, run_folder, storage
 from mdt_ray.cli import parse
-from mdt_ray.config import ModelConfig, OptimConfig, TrainConfig, WorkersConfig
+from mdt_ray.config import ModelConfig, OptimConfig, SamplingConfig, SweepConfig, TrainConfig, WorkersConfig
 
 
 def test_round_trip_through_json():
@@ -44,6 +44,18 @@ def test_lists_come_as_tuples_from_every_side(tmp_path):
     fewer = config_io.override(overridden, {"ema.more_decays": []})
     with pytest.raises(ValueError, match=r"ema.more_decays: \[0.99, 0.0\] -> \[\]"):
         run_folder.check_identity(str(tmp_path / "out"), run_folder.describe("train", fewer, {}))
+
+
+def test_an_interval_may_be_there_or_not():
+    """Through JSON, as settings reach workers and folders."""
+    for interval in (None, (0, 400)):
+        config = SamplingConfig(cfg_interval=interval)
+        assert config_io.from_dict(SamplingConfig, json.loads(json.dumps(config_io.to_dict(config)))) == config
+    for wrong, message in (([1, 2, 3], "must be a list of 2"), (7, "must be a list or None"), (["a", 1], "must be int")):
+        with pytest.raises(ValueError, match=message):
+            config_io.from_dict(SamplingConfig, {"cfg_interval": wrong})
+    sweep = SweepConfig(cfg_interval=((0, 999), (0, 400)))
+    assert config_io.from_dict(SweepConfig, json.loads(json.dumps(config_io.to_dict(sweep)))) == sweep
 
 
 def test_dotted_and_nested_overrides_agree():

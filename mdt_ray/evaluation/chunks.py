@@ -101,14 +101,22 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def kept_images(uris: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` kept images (n, H, W, 3) uint8 and their labels (n,), from as few chunks as needed. For chunks that
-    keep their first pictures."""
-    pictures, labels, missing = [], [], count
+    """The first `count` kept images (n, H, W, 3) uint8 and their labels (n,). For chunks that keep their first pictures."""
+    found = _first_kept(uris, count)
+    pictures = np.concatenate([chunk.images for chunk in found])[:count]
+    return pictures, np.concatenate([chunk.labels[:len(chunk.images)] for chunk in found])[:count]
+
+
+def kept_latents(uris: list[str], count: int) -> np.ndarray:
+    """Scaled latents of the same pictures, (n, C, h, w) float32. For chunks of drawn pictures."""
+    return np.concatenate([chunk.latents for chunk in _first_kept(uris, count)])[:count]
+
+
+def _first_kept(uris: list[str], count: int) -> list[Chunk]:
+    """As few chunks as hold the first `count` kept pictures."""
+    found: list[Chunk] = []
     for uri in uris:
-        if missing <= 0:
+        if found and sum(len(chunk.images) for chunk in found) >= count:
             break
-        chunk = read_chunk(uri)
-        pictures.append(chunk.images[:missing])
-        labels.append(chunk.labels[:len(pictures[-1])])
-        missing -= len(pictures[-1])
-    return np.concatenate(pictures), np.concatenate(labels)
+        found.append(read_chunk(uri))
+    return found

@@ -5,6 +5,7 @@ the metrics of pictures made elsewhere.
     chunks/<first>.safetensors     features (and the first pictures) of images first, first + 1, ...
     reference-<hash>/chunks/       the same of the real images
     seeds-<first>/                 such a folder for each of several ranges of seeds
+    neighbours.png                 training images nearest to the kept samples, where `latents` names them
     metrics.parquet                one row: the numbers and all that identifies them
     metrics.json                   the same, written last
 """
@@ -25,12 +26,13 @@ from mdt_ray.data import arrays, picture_sets
 from mdt_ray.evaluation import chunks, extractors, gate, reference, results
 from mdt_ray.evaluation.reference import Reference
 from mdt_ray.evaluation.results import Summary
-from mdt_ray.inference.sampler import check_guide, check_weights
+from mdt_ray.inference.sampler import check_guide, check_weights, load_decoder
 from mdt_ray.jobs import fanout, progress, session, stages, units
 from mdt_ray.jobs.measuring import Measurement, absolute_weights, chunk_ranges, measure_missing, place
+from mdt_ray.report.memorisation import memorisation
 
 logger = logging.getLogger(__name__)
-METRICS, ROW = "metrics.json", "metrics.parquet"
+METRICS, ROW, NEIGHBOURS = "metrics.json", "metrics.parquet", "neighbours.png"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
     """Resolve checkpoint or samples, reference and identity. Raises ValueError for what is missing or does not fit."""
     config = dataclasses.replace(config, output=storage.absolute(config.output), samples=place(config.samples),
                                  reference=place(config.reference),
-                                 extractor_weights=absolute_weights(config.extractor_weights))
+                                 extractor_weights=absolute_weights(config.extractor_weights),
+                                 latents=config.latents and storage.absolute(config.latents))
     require(bool(config.checkpoint or config.samples), "checkpoint", "", "not given; name one, or pictures by --samples")
     weights_hash = extractors.weights_hash(config.extractor, config.extractor_weights)
     facts, samples = {}, None
@@ -185,7 +188,8 @@ def _ranges(whole: Plan, root: str) -> list[Plan]:
 
 
 def _finished(p: Plan) -> bool:
-    return storage.exists(storage.join(p.config.output, METRICS))
+    names = [METRICS, NEIGHBOURS] if p.config.latents and p.config.num_seed_ranges == 1 else [METRICS]
+    return all(storage.exists(storage.join(p.config.output, name)) for name in names)
 
 
 def _found(p: Plan) -> dict[str, Any]:
@@ -253,7 +257,19 @@ def _write_metrics(p: Plan, compared: dict[str, tuple[Reference, Summary | None]
     if wrong:
         raise ValueError(f"{config.output}: these images give no metrics:\n  " + "\n  ".join(wrong))
     values, intervals = results.compare(samples, statistics, real and real.features, config.extractor, config.adm_float16)
-    _write(p, {"metrics": values, "intervals": intervals} | _description(p, statistics, real) | timing)
+    _write(p, {"metrics": values, "intervals": intervals, "memorisation": _memorisation(p)} |
+           _description(p, statistics, real) | timing)
+
+
+def _memorisation(p: Plan) -> dict[str, Any] | None:
+    """Writes the picture of the kept samples nearest to training images; returns its numbers."""
+    if not p.config.latents:
+        return None
+    pictures, _ = chunks.kept_images(p.sample_uris, p.config.keep_images)
+    drawn = chunks.kept_latents(p.sample_uris, p.config.keep_images)
+    numbers, picture = memorisation(drawn, pictures, p.config.latents, load_decoder(p.facts))
+    storage.write_bytes(storage.join(p.config.output, NEIGHBOURS), picture)
+    return numbers
 
 
 def _compared(p: Plan) -> tuple[Reference, Summary | None]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mdt_ray import config_io, run_folder, storage
 from mdt_ray.config import NUM_TIMESTEPS, EvaluateConfig, SamplingConfig, SweepConfig
+from mdt_ray.evaluation.frontier import Point
 from mdt_ray.evaluation.results import metric_name
 from mdt_ray.jobs.evaluate import evaluate_many, plan
 from mdt_ray.report import figures
@@ -76,16 +77,22 @@ def _evaluation(config: SweepConfig, sampling: SamplingConfig) -> EvaluateConfig
 
 def _picture(rows: list[dict[str, Any]], fid: str, score: str) -> bytes:
     varied = [key for key in KEYS if len({str(row[key]) for row in rows}) > 1]
-    points = [(row["metrics"][score], row["metrics"][fid],
-               ", ".join(f"{LABELS[key]} {_brief(row[key])}" for key in varied if key != "weights"), row["weights"])
-              for row in rows]
+
+    def group(row: dict[str, Any]) -> str:
+        return ", ".join(f"{_word(key)} {_brief(row[key])}" for key in varied if key != "cfg_scale") or "guidance"
+
+    points = [Point(x=row["metrics"][score], y=row["metrics"][fid], label=f"scale {_brief(row['cfg_scale'])}",
+                    group=group(row)) for row in rows]
     return figures.frontier(points, score, fid)
 
 
-LABELS = {"num_sampling_steps": "steps", "cfg_scale": "scale", "cfg_power": "power", "cfg_interval": "interval"}
+def _word(key: str) -> str:
+    return {"num_sampling_steps": "steps"}.get(key, key.removeprefix("cfg_"))
 
 
 def _brief(value: Any) -> str:
     if value is None:
         return "all"
-    return "-".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:g}"
+    if isinstance(value, list | tuple):
+        return "-".join(map(str, value))
+    return value if isinstance(value, str) else f"{value:g}"

@@ -19,6 +19,7 @@ from mdt_ray.evaluation.reference import read_reference
 from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
 from mdt_ray.jobs.reference import reference
 from mdt_ray.jobs.sweep import settings_of, sweep
+from tests import harness
 from tests.inference.conftest import make_checkpoint
 
 SAMPLING = SamplingConfig(sampler="dpm-solver++", num_sampling_steps=4, cfg_scale=2.0)
@@ -189,6 +190,21 @@ def test_workers_and_batches_change_no_image(checkpoint, ray_session, tmp_path):
     for path in (tmp_path / "1-64" / "chunks").iterdir():
         assert path.read_bytes() == (tmp_path / "2-64" / "chunks" / path.name).read_bytes()
     assert 0 < found[2, 64]["samplers"]["busy_share"] <= 1
+
+
+@pytest.mark.ray
+def test_training_images_near_the_samples_are_shown(checkpoint, ray_session, tmp_path):
+    """Asked for later, too: the images are not drawn again."""
+    harness.run_here(["precompute", "digits", "--output", f"{tmp_path}/latents", "--workers.num-workers", "1"])
+    shared = {"checkpoint": checkpoint, "reference": "digits", "sampling": SAMPLING, "num_samples": 40}
+    before = judged(tmp_path / "out", **shared)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "chunks").iterdir()}
+    found = judged(tmp_path / "out", latents=f"{tmp_path}/latents", **shared)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert before["metrics"] == found["metrics"]
+    assert found["memorisation"]["num_samples"] == 10, "as many as were kept"
+    assert found["memorisation"]["least_distance"] > 0
+    assert (tmp_path / "out" / "neighbours.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.ray
