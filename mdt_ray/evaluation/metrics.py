@@ -12,6 +12,7 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 import scipy.stats
+import torch
 
 from mdt_ray.evaluation.statistics import finite_matrix
 
@@ -25,10 +26,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
 
         |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2))
 
-    mu1, mu2: (D,); sigma1, sigma2: (D, D) symmetric, singular allowed (fewer samples than D). Float64 inside. The
-    last trace is the sum of square roots of the eigenvalues of L^T sigma2 L with sigma1 = L L^T, which are those of
-    sigma1 sigma2 but of a symmetric matrix: real, fast, and no `sqrtm`. Never negative. Expect eight
-    digits or more, five where the eigenvalues span more than float64 does (eps in one becomes 1e-8 in its root).
+    mu1, mu2: (D,); sigma1, sigma2: (D, D) symmetric, singular allowed (fewer samples than D). Float64 inside. With
+    sigma_i = L_i L_i^T the last trace is the sum of singular values of M = L_1^T L_2, square roots of the eigenvalues of
+    M M^T, which are those of sigma1 sigma2 but of a symmetric matrix: real, fast, and no `sqrtm`. Never negative. Expect
+    eight digits or more, five where the eigenvalues span more than float64 does (eps in one becomes 1e-8 in its root).
 
     Raises ValueError on shapes that do not fit, values that are not finite, a sigma that is no covariance.
     """
@@ -36,10 +37,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     mu2, sigma2 = _gaussian("mu2", mu2, "sigma2", sigma2)
     if mu1.shape != mu2.shape:
         raise ValueError(f"mu2: got width {mu2.size}, but it must be that of mu1, {mu1.size}; use one extractor")
-    factor, other_field, other = _factor_one(sigma1, sigma2)  # (D, R), (D, D)
-    product = factor.T @ other @ factor  # (R, R)
-    eigenvalues = scipy.linalg.eigvalsh((product + product.T) / 2, check_finite=False)  # (R,)
-    trace_of_root = np.sqrt(_clip_negative(other_field, eigenvalues)).sum()
+    roots = _root("sigma1", sigma1).T @ _root("sigma2", sigma2)  # (R1, R2)
+    gram = roots @ roots.T if len(roots) <= roots.shape[1] else roots.T @ roots
+    # torch brings MKL, which takes half the time of SciPy's OpenBLAS here.
+    eigenvalues = torch.linalg.eigvalsh(torch.from_numpy(gram)).numpy()
+    trace_of_root = np.sqrt(np.maximum(eigenvalues, 0)).sum()
     difference = mu1 - mu2
     distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root
     return max(float(distance), 0.0)  # a distance: less than 0 is rounding
@@ -231,33 +233,17 @@ def _gaussian(mu_field: str, mu, sigma_field: str, sigma) -> tuple[np.ndarray, n
     return mu, sigma
 
 
-def _factor_one(sigma1: np.ndarray, sigma2: np.ndarray) -> tuple[np.ndarray, str, np.ndarray]:
-    """L (D, R) with L L^T one of the two covariances, then the other one's name and value.
+def _root(field: str, sigma: np.ndarray) -> np.ndarray:
+    """L (D, R) with L L^T = sigma: its Cholesky factor (R = D), or V sqrt(w) without the eigenvalues that are 0 (R < D).
 
-    Cholesky of sigma1 (R = D), unless one is singular: then V sqrt(w) of that one without its zero eigenvalues, for
-    each of them would bring rounding of the size of sqrt(eps) into the trace.
+    Each of those would bring rounding of the size of sqrt(eps) into the trace.
     """
-    lower = _cholesky(sigma1)
-    if lower is None:
-        return _thin_root("sigma1", sigma1), "sigma2", sigma2
-    if _cholesky(sigma2) is None:
-        return _thin_root("sigma2", sigma2), "sigma1", sigma1
-    return lower, "sigma2", sigma2
-
-
-def _cholesky(sigma: np.ndarray) -> np.ndarray | None:
-    """Lower triangular L with L L^T = sigma, or None where sigma is singular."""
     try:
         return scipy.linalg.cholesky(sigma, lower=True, check_finite=False)
     except scipy.linalg.LinAlgError:
-        return None
-
-
-def _thin_root(field: str, sigma: np.ndarray) -> np.ndarray:
-    """(D, R), V sqrt(w) over the R eigenvalues above rounding (numpy's matrix_rank rule, eps * D * largest)."""
-    eigenvalues, eigenvectors = scipy.linalg.eigh(sigma, check_finite=False)
+        eigenvalues, eigenvectors = (x.numpy() for x in torch.linalg.eigh(torch.from_numpy(sigma)))
     eigenvalues = _clip_negative(field, eigenvalues)
-    keep = eigenvalues >= len(sigma) * np.finfo(np.float64).eps * eigenvalues[-1]
+    keep = eigenvalues >= len(sigma) * np.finfo(np.float64).eps * eigenvalues[-1]  # the rule of numpy's matrix_rank
     return eigenvectors[:, keep] * np.sqrt(eigenvalues[keep])
 
 
