@@ -5,7 +5,6 @@ Not a feature extractor and not a runner: features come from an `Extractor`, mea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import scipy.special
 import scipy.stats
 import torch
 
+from mdt_ray.evaluation import coverage, coverage_float16
 from mdt_ray.evaluation.statistics import finite_matrix
 
 # Rounding leaves a covariance's zero eigenvalues slightly negative, float32 sums by up to about 1e-5 of the largest;
@@ -76,7 +76,8 @@ def inception_score(probs, split_size: int = 5000) -> float:
     return float(np.mean(scores))
 
 
-def precision_recall(ref, samples, k: int = 3, *, block_size: int = 2048) -> tuple[float, float]:
+def precision_recall(ref, samples, k: int = 3, *, block_size: int = 2048,
+                     adm_float16: bool = False) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) as ADM's evaluator counts them.
 
     ref: (N, D), samples: (M, D), features of any real dtype. Every point has a ball that reaches to its k-th neighbour
@@ -85,8 +86,10 @@ def precision_recall(ref, samples, k: int = 3, *, block_size: int = 2048) -> tup
 
     Squared distances are rounded to float32 after sums in float64, and copies of a point are at exactly 0: rounding of
     the sums is then invisible, and the result does not depend on `block_size` (rows per block), which only sets the
-    memory beyond the inputs, about 8 * (2 * D + 4 * block_size) * block_size bytes. Exact where ADM's own float16
-    distances are not: they move the result by about 0.001.
+    memory beyond the inputs: they once more in float32, and up to 60 * (D + block_size) * block_size bytes.
+
+    `adm_float16` computes distances in float16 as ADM does, where finite: the published numbers to their third digit, and
+    moved by about 0.001 from the exact ones. That takes up to 1.5 GB, and several times as long.
 
     Raises ValueError on widths that differ, k or fewer points in a set, k or block_size < 1, values not finite.
     """
@@ -97,18 +100,9 @@ def precision_recall(ref, samples, k: int = 3, *, block_size: int = 2048) -> tup
     for field, value in (("ref", ref), ("samples", samples)):
         if len(value) <= k:
             raise ValueError(f"{field}: got {len(value)} rows, but k = {k} needs at least {k + 1}; add images")
-    # A power of two is exact in any sum and keeps squares of huge or tiny features inside float32.
-    exponent = -int(np.frexp(max(_largest(ref), _largest(samples)))[1])
-    radii_ref = _radii(ref, k, block_size, exponent)  # (N,)
-    radii_samples = _radii(samples, k, block_size, exponent)  # (M,)
-    ref_covered = np.zeros(len(ref), dtype=bool)
-    samples_covered = np.zeros(len(samples), dtype=bool)
-    for rows in _blocks(len(ref), block_size):
-        for columns in _blocks(len(samples), block_size):
-            distances = _squared_distances(ref[rows], samples[columns], exponent)  # (n, m)
-            samples_covered[columns] |= (distances <= radii_ref[rows, None]).any(axis=0)
-            ref_covered[rows] |= (distances <= radii_samples[columns]).any(axis=1)
-    return float(samples_covered.mean()), float(ref_covered.mean())
+    rule = coverage_float16 if adm_float16 else coverage
+    samples_inside, ref_inside = rule.coverage(ref, samples, k, block_size)
+    return float(samples_inside.mean()), float(ref_inside.mean())
 
 
 class Interval(NamedTuple):
@@ -159,51 +153,6 @@ def _same_width(ref: np.ndarray, samples: np.ndarray) -> None:
         raise ValueError(
             f"samples: got width {samples.shape[1]}, but it must be that of ref, {ref.shape[1]}; use one extractor"
         )
-
-
-def _radii(points: np.ndarray, k: int, block_size: int, exponent: int) -> np.ndarray:
-    """Squared distance of every point to its k-th neighbour, itself the 0th; (N, D) -> (N,) float32."""
-    nearest = np.full((len(points), k + 1), np.inf, dtype=np.float32)  # (N, k + 1), the smallest so far
-    for rows in _blocks(len(points), block_size):
-        for columns in _blocks(len(points), block_size):
-            if columns.start < rows.start:
-                continue  # distances are symmetric: that block was seen transposed
-            distances = _squared_distances(points[rows], points[columns], exponent)  # (n, m)
-            nearest[rows] = _keep_smallest(nearest[rows], distances)
-            if columns.start > rows.start:
-                nearest[columns] = _keep_smallest(nearest[columns], distances.T)
-    return nearest.max(axis=1)
-
-
-def _keep_smallest(nearest: np.ndarray, distances: np.ndarray) -> np.ndarray:
-    """The smallest of both in each row, unsorted; (n, j) and (n, m) -> (n, j)."""
-    count = nearest.shape[1]
-    return np.partition(np.concatenate([nearest, distances], axis=1), count - 1, axis=1)[:, :count]
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray, exponent: int) -> np.ndarray:
-    """|a_i - b_j|^2 * 4^exponent by |a|^2 + |b|^2 - 2ab; (n, D) and (m, D) -> (n, m) float32."""
-    a = np.ldexp(a.astype(np.float64), exponent)  # (n, D)
-    b = np.ldexp(b.astype(np.float64), exponent)  # (m, D)
-    norms = np.einsum("nd,nd->n", a, a)[:, None] + np.einsum("md,md->m", b, b)  # (n, m)
-    distances = a @ b.T  # (n, m)
-    distances *= -2
-    distances += norms
-    # Copies of a point must be at 0 and not at what rounding left: four copies have radius 0, and noise would decide
-    # who is inside. The bound is the sum's worst rounding, closer than float32 features usually tell apart.
-    norms *= a.shape[1] * np.finfo(np.float64).eps
-    distances[distances <= norms] = 0
-    return distances.astype(np.float32)
-
-
-def _blocks(count: int, block_size: int) -> Iterator[slice]:
-    """Slices that cover range(count) in runs of `block_size`."""
-    return (slice(start, min(start + block_size, count)) for start in range(0, count, block_size))
-
-
-def _largest(array: np.ndarray) -> float:
-    """Largest absolute value, without a copy of the array (and without int's overflow of abs(min))."""
-    return max(-float(array.min()), float(array.max()))
 
 
 def _at_least(field: str, value: int, minimum: int) -> None:
