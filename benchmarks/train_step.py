@@ -19,9 +19,9 @@ from published_step import PublishedStep
 
 from mdt_ray.config import TrainConfig
 from mdt_ray.data.loader import Batch
+from mdt_ray.models.compiling import compile_blocks
 from mdt_ray.presets import preset
 from mdt_ray.training import loop
-from mdt_ray.training.compiling import compile_blocks
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.run import autocast_dtype

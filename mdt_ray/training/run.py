@@ -14,10 +14,10 @@ from mdt_ray.config import ModelConfig, TrainConfig
 from mdt_ray.data.latents import Manifest
 from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.inference.convert import load_any, origin_of
+from mdt_ray.models.compiling import compile_blocks
 from mdt_ray.models.transfer import transfer
 from mdt_ray.training import loop, ranks, samples, snapshots
 from mdt_ray.training import state as states
-from mdt_ray.training.compiling import compile_blocks
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.state import TrainState

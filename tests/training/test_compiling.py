@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from mdt_ray.config import LossConfig, ModelConfig
-from mdt_ray.training.compiling import compile_blocks
+from mdt_ray.models.compiling import compile_blocks
 from tests.helpers import make_latents, tiny_training
 from tests.training.test_training import prepared, run
 

@@ -6,7 +6,8 @@ buckets end; and every position of a block would be compiled anew.
 
 import torch
 
-from mdt_ray.models import MDT, DiT
+from mdt_ray.models.dit import DiT
+from mdt_ray.models.mdt import MDT
 
 MAX_SHAPES = 4096
 """Compilations of blocks: more than any run has. Where the mask ratio is drawn for every step, each number of kept tokens is
