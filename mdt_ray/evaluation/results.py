@@ -90,7 +90,8 @@ def compare(samples: Summary, reference: Reference, reference_features: np.ndarr
         found["is"] = float(np.mean([metrics.inception_score(softmax(samples.logits[first:first + SPLIT]))
                                      for first in range(0, samples.num_images, SPLIT)]))
     if reference_features is not None:
-        found["precision"], found["recall"] = metrics.precision_recall(reference_features, samples.features)
+        found["precision"], found["recall"] = metrics.precision_recall(reference_features, samples.features,
+                                                                         adm_float16=adm_float16)
         smaller = min(len(reference_features), samples.num_images)
         kid = metrics.kernel_distance(reference_features, samples.features,
                                       block_size=min(KID_BLOCK, max(smaller // KID_BLOCKS, 2)))

@@ -55,7 +55,7 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
         rows = [{**{key: f["sampling"][key] for key in KEYS}, "metrics": f["metrics"], "output": c.output}
                 for f, c in zip(found, configs, strict=True)]
         rows.sort(key=lambda row: row["metrics"][fid])
-        best = next(c for c in configs if c.output == rows[0]["output"])
+        best = plan(next(c for c in configs if c.output == rows[0]["output"]), config.output).config
         table = {"metric": fid, "trials": rows}
         storage.write_bytes(storage.join(config.output, "frontier.png"), _picture(rows, fid, score))
         storage.write_json(storage.join(config.output, "best.json"), config_io.to_dict(

@@ -33,6 +33,28 @@ class Worker:
         return {"number": item["number"], "text": item["what"] * 2}
 
 
+class Adder:
+    """A second stage, with bytes on the way."""
+
+    def __init__(self, amount: int):
+        self.amount = amount
+
+    def __call__(self, item: dict) -> dict:
+        return {"number": item["number"] + self.amount, "size": len(item["text"] * 1000)}
+
+
+def test_stages_hand_on_items_and_errors(ray_session):
+    from mdt_ray.jobs import fanout
+
+    small = WorkersConfig(cpus_per_worker=0.5)
+    stages = [fanout.Stage(Worker, (), small), fanout.Stage(Adder, (10,), small)]
+    rows = list(fanout.run_stages([{"what": "ab", "number": i} for i in range(5)], stages))
+    assert sorted(row["number"] for row in rows) == list(range(10, 15))
+    assert {row["size"] for row in rows} == {4000}
+    with pytest.raises(ValueError, match=r"^image 'x' has no label$"):
+        list(fanout.run_stages([{"what": "value", "number": 0}], stages))
+
+
 def test_results_come_back_whatever_their_order(ray_session):
     from mdt_ray.jobs import fanout
 

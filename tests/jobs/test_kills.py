@@ -141,20 +141,27 @@ def test_train_goes_on_after_a_kill(folder, latents, environment, victim):
     assert harness.leftovers(killed) == []
 
 
-@pytest.mark.slow
-def test_evaluate_goes_on_after_a_killed_driver(folder, checkpoint, environment):
-    def command(name: str) -> list[str]:
-        return ["evaluate", "digits", "--checkpoint", checkpoint, "--output", f"{folder}/{name}", "--num-samples", "200",
-                "--chunk-size", "10", "--workers.num-workers", "1"]
+@pytest.fixture(scope="module")
+def straight_evaluate(folder, checkpoint) -> list[str]:
+    """An undisturbed evaluation; returns its command, of which the last word is the output."""
+    command = ["evaluate", "digits", "--checkpoint", checkpoint, "--num-samples", "200", "--chunk-size", "10",
+               "--workers.num-workers", "1", "--output", f"{folder}/straight-evaluate"]
+    harness.run_here(command)
+    return command
 
-    harness.run_here(command("straight-evaluate"))
-    killed = folder / "killed-evaluate"
-    code = harness.run_and_kill(command("killed-evaluate"), environment,
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["driver", "MapWorker"])
+def test_evaluate_goes_on_after_a_kill(folder, straight_evaluate, environment, victim):
+    """Of the driver, or of a sampler, decoder or feature network, whichever is found first."""
+    killed = folder / f"killed-evaluate-{victim}"
+    command = [*straight_evaluate[:-1], str(killed)]
+    code = harness.run_and_kill(command, environment, victim=victim,
                                 when=lambda: len(list(killed.glob("chunks/*"))) >= 3)
-    assert code == -9
-    assert not (killed / "metrics.json").exists()
+    assert code == (-9 if victim == "driver" else 0), "a lost actor is replaced within the run"
+    assert (killed / "metrics.json").exists() == (victim != "driver")
     finished = {p: p.stat().st_mtime_ns for p in killed.glob("chunks/*.safetensors")}
-    harness.run(command("killed-evaluate"), environment)
+    harness.run(command, environment)
     assert {p: p.stat().st_mtime_ns for p in finished} == finished, "finished chunks are not drawn again"
     straight = folder / "straight-evaluate"
     assert harness.files(killed, "chunks/*") == harness.files(straight, "chunks/*")
