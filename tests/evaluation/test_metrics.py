@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -188,6 +189,20 @@ def _clouds(num_ref, num_samples, width, seed):
     rng = np.random.default_rng(seed)
     ref = rng.normal(size=(num_ref, width)).astype(np.float32)
     return ref, (0.8 * rng.normal(size=(num_samples, width)) + 0.3).astype(np.float32)
+
+
+def test_fid_has_the_same_bits_whatever_the_threads():
+    generator = np.random.default_rng(0)
+    sets = [FeatureStatistics(128).update(generator.normal(size=(500, 128)) * scale) for scale in (1, 1.3)]
+    before, found = torch.get_num_threads(), set()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.add(frechet_distance(sets[0].mean, sets[0].covariance, sets[1].mean, sets[1].covariance))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
 
 
 def test_precision_recall_of_the_vectors(vectors):
