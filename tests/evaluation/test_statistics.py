@@ -32,6 +32,15 @@ def test_mean_and_covariance_are_numpys(dtype):
     assert statistics.mean.dtype == statistics.covariance.dtype == np.float64
 
 
+@pytest.mark.parametrize("width", [1, 3])
+def test_many_rows_at_once(width):
+    features = _features(5000, width)  # more than are held in float64 at a time
+    statistics = FeatureStatistics(width, features[0]).update(features).update(features[:10])
+    rows = np.concatenate([features, features[:10]]).astype(np.float64)
+    np.testing.assert_allclose(statistics.covariance, np.cov(rows.T).reshape(width, width), rtol=1e-9)
+    np.testing.assert_allclose(statistics.outer, (rows - rows[0]).T @ (rows - rows[0]), rtol=1e-12)
+
+
 # Determinism
 
 
