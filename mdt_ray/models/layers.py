@@ -149,6 +149,14 @@ def aligned(positions: torch.Tensor) -> torch.Tensor:
     return F.pad(positions, (0, padding)) if padding and positions.is_cuda else positions
 
 
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """tanh-GELU: x (1 + tanh u) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3) (arXiv 1606.08415)."""
+    if torch.compiler.is_compiling() and not x.is_cuda:
+        # The same as x sigmoid(2u), which compiled for a CPU takes 40% of the time, at the same error.
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+    return F.gelu(x, approximate="tanh")
+
+
 class Mlp(nn.Module):
     """Linear, tanh-GELU, Linear."""
 
@@ -158,7 +166,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from mdt_ray.config import LossConfig, ModelConfig
 from mdt_ray.models.compiling import compile_blocks
+from mdt_ray.models.layers import gelu
 from tests.helpers import make_latents, tiny_training
 from tests.training.test_training import prepared, run
 
@@ -56,6 +57,20 @@ def test_every_kind_and_shape_is_compiled_once_and_losses_agree(folder, tmp_path
     for one, other in zip(found, eager, strict=False):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert [row["loss"] for row in found[:3]] == pytest.approx([row["loss"] for row in eager[:3]], rel=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_compiled_gelu_is_gelu(dtype, bound):
+    """It is written in another way; values and gradients, far out too."""
+    x = torch.linspace(-20, 20, 8001).to(dtype)
+    both = []
+    for function, inputs in ((torch.compile(gelu, dynamic=False), x.clone()), (gelu, x.double())):
+        inputs.requires_grad_()
+        value = function(inputs)
+        value.sum().backward()
+        both.append((value.double(), inputs.grad.double()))
+    for found, expected in zip(*both, strict=True):
+        assert ((found - expected).abs() <= bound * (1 + expected.abs())).all()
 
 
 @pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, pytest.param(
