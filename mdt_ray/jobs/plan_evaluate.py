@@ -57,7 +57,7 @@ def plan_evaluate(config: EvaluateConfig) -> str:
 def _drawing(p: Plan, device: torch.device) -> dict[str, float]:
     """Seconds that an image takes to draw and to decode."""
     config, sampling = p.config, p.config.sampling
-    networks = load_networks(config.checkpoint, sampling, device, autocast_dtype(config.precision, device))
+    networks = load_networks(config.checkpoint, sampling, device, autocast_dtype(config.precision, device), config.compile)
     vae = load_decoder(p.facts, device)
     labels = labels_of(0, config.sample_batch_size, networks.num_classes, config.labels, config.seed)
     inside = _share_inside(sampling)

@@ -43,7 +43,8 @@ def sample(config: SampleConfig) -> str:
         return grid
     with run_folder.claim(config.output, run):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        sampler = Sampler(checkpoint, sampling, device, autocast_dtype(config.precision, torch.device(device)))
+        dtype = autocast_dtype(config.precision, torch.device(device))
+        sampler = Sampler(checkpoint, sampling, device, dtype, config.compile)
         if classes:
             labels = torch.tensor(classes).repeat_interleave(config.num_samples)  # (N,)
         else:

@@ -41,10 +41,10 @@ class Draw:
         self.mailbox = mailbox
         self.networks = functools.lru_cache(maxsize=1)(self._networks)
 
-    def _networks(self, checkpoint: str, weights: str, guide: str, guide_weights: str, precision: str) -> Networks:
-        sampling = next(c.sampling for c in self.configs if _networks_of(c) == (checkpoint, weights, guide, guide_weights,
-                                                                                 precision))
-        return load_networks(checkpoint, sampling, self.device, autocast_dtype(precision, self.device))
+    def _networks(self, *key: Any) -> Networks:
+        config = next(c for c in self.configs if _networks_of(c) == key)
+        dtype = autocast_dtype(config.precision, self.device)
+        return load_networks(config.checkpoint, config.sampling, self.device, dtype, config.compile)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         config, start, stop = self.configs[item["plan"]], item["start"], item["stop"]
@@ -62,9 +62,10 @@ class Draw:
             "drawer": f"{os.uname().nodename}:{os.getpid()}", "began": began, "ended": time.time(), "busy": busy}
 
 
-def _networks_of(config: EvaluateConfig) -> tuple[str, ...]:
+def _networks_of(config: EvaluateConfig) -> tuple[Any, ...]:
+    """What settings must share to share networks."""
     s = config.sampling
-    return config.checkpoint, s.weights, s.guide, s.guide_weights, config.precision
+    return config.checkpoint, s.weights, s.guide, s.guide_weights, config.precision, config.compile
 
 
 class Decode:

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mdt_ray import storage
 from mdt_ray.config import EvaluateConfig, SamplingConfig, VaeConfig
@@ -15,7 +16,7 @@ from mdt_ray.data import images, picture_sets, readers
 from mdt_ray.data.vae import Vae, load_vae
 from mdt_ray.evaluation import chunks, results
 from mdt_ray.evaluation.digits import load_digits_features
-from mdt_ray.inference.sampler import Sampler, labels_of
+from mdt_ray.inference.sampler import Networks, Sampler, draw_latents, labels_of, load_model
 from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
 from tests.inference.conftest import make_checkpoint
 
@@ -56,6 +57,39 @@ def test_labels():
     random = labels_of(0, 5000, 10, "random", 0)
     assert torch.bincount(random, minlength=10).min() > 400
     assert torch.equal(random[40:50], labels_of(40, 50, 10, "random", 0))
+
+
+@pytest.mark.parametrize("changes", [{}, {"guide": True}])
+def test_weights_cast_once_draw_what_autocast_draws(checkpoint, changes):
+    sampling = dataclasses.replace(SAMPLING, guide=checkpoint if changes else "", weights="model")
+    labels = labels_of(0, 6, 10, "random", seed=5)
+    networks = Sampler(checkpoint, sampling, autocast_dtype=torch.bfloat16).networks
+    assert networks.model.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert networks.model.pos_embed.dtype == networks.model.y_embedder.embedding_table.weight.dtype == torch.float32
+    guide = load_model(checkpoint, "ema") if changes else None
+    uncast = Networks(load_model(checkpoint, "model"), guide, networks.facts, torch.device("cpu"), torch.bfloat16)
+    found, expected = (draw_latents(n, sampling, 0, labels, seed=5) for n in (networks, uncast))
+    assert found.std() > 0.1
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, draw_latents(Sampler(checkpoint, sampling).networks, sampling, 0, labels, seed=5))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPUs")
+@pytest.mark.filterwarnings("default")  # PyTorch's compiler warns of itself in many places
+def test_compiled_blocks_draw_the_same_images(checkpoint, tmp_path):
+    """In chunks of 20 by 7 images: compiled for 7 and for 6, each with as many unconditional ones, and never again."""
+    torch._dynamo.reset()
+    counters.clear()
+    images = {}
+    for compiled in (False, True):
+        assert counters["stats"]["unique_graphs"] == 0
+        config = evaluation(checkpoint, tmp_path / str(compiled), num_samples=40, compile=compiled)
+        evaluate_many([config], pool=False)
+        images[compiled] = chunks.kept_images(list(plan(config).sample_uris()), 40)[0].astype(int)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert images[False].std() > 1
+    assert abs(images[True] - images[False]).max() <= 1
+    torch._dynamo.reset()
 
 
 def test_decoding_truncates_or_rounds():
