@@ -85,7 +85,7 @@ def test_compiled_blocks_draw_the_same_images(checkpoint, tmp_path):
         assert counters["stats"]["unique_graphs"] == 0
         config = evaluation(checkpoint, tmp_path / str(compiled), num_samples=40, compile=compiled)
         evaluate_many([config], pool=False)
-        images[compiled] = chunks.kept_images(list(plan(config).sample_uris()), 40)[0].astype(int)
+        images[compiled] = chunks.kept_images(plan(config).sample_uris, 40)[0].astype(int)
     assert counters["stats"]["unique_graphs"] == 2
     assert images[False].std() > 1
     assert abs(images[True] - images[False]).max() <= 1
