@@ -13,7 +13,6 @@ the metrics of pictures made elsewhere.
 import contextlib
 import dataclasses
 import json
-import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +20,16 @@ from typing import Any
 import pyarrow as pa
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
-from mdt_ray.config import EvaluateConfig, SamplingConfig, WorkersConfig, require
+from mdt_ray.config import EvaluateConfig, SamplingConfig, require
 from mdt_ray.data import arrays, picture_sets
 from mdt_ray.evaluation import chunks, extractors, gate, reference, results
 from mdt_ray.evaluation.reference import Reference
 from mdt_ray.evaluation.results import Summary
 from mdt_ray.inference.sampler import check_guide, check_weights, load_decoder
-from mdt_ray.jobs import fanout, progress, session, stages, units
+from mdt_ray.jobs.drawing import draw_missing
 from mdt_ray.jobs.measuring import Measurement, absolute_weights, chunk_ranges, measure_missing, place
 from mdt_ray.report.memorisation import memorisation
 
-logger = logging.getLogger(__name__)
 METRICS, ROW, NEIGHBOURS = "metrics.json", "metrics.parquet", "neighbours.png"
 
 
@@ -55,11 +53,7 @@ class Plan:
     @property
     def sample_uris(self) -> list[str]:
         """Files of the samples' chunks, in index order."""
-        return [uri for uri, _, _ in self.sample_ranges]
-
-    @property
-    def sample_ranges(self) -> list[tuple[str, int, int]]:
-        return chunk_ranges(self.config.output, self.config.num_samples, self.config.chunk_size)
+        return [uri for uri, _, _ in chunk_ranges(self.config.output, self.config.num_samples, self.config.chunk_size)]
 
 
 def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
@@ -203,45 +197,7 @@ def _run_missing(plans: list[Plan], pool: bool) -> dict[str, float] | None:
     workers = plans[0].config.workers
     measure_missing([p.reference for p in plans if p.reference], workers, pool, "reference")
     measure_missing([p.samples for p in plans if p.samples], workers, pool, "samples")
-    return _draw_missing([p for p in plans if not p.samples], workers, pool)
-
-
-def _draw_missing(plans: list[Plan], workers: WorkersConfig, pool: bool) -> dict[str, float] | None:
-    items: list[dict[str, Any]] = []
-    done: set[int] = set()
-    for number, p in enumerate(plans):
-        have = storage.list_sizes(storage.join(p.config.output, "chunks"))
-        for uri, start, stop in p.sample_ranges:
-            if storage.base(uri).rpartition("/")[2] in have:
-                done.add(len(items))
-            items.append({"uri": uri, "start": start, "stop": stop, "plan": number, "number": len(items),
-                          "num_kept": p.config.keep_images, "extractor": p.config.extractor,
-                          "extractor_weights": p.config.extractor_weights})
-    todo = [item for item in items if item["number"] not in done]
-    if not todo:
-        return None
-    plain = [config_io.to_dict(p.config) for p in plans]
-    if not pool:
-        return _busy(list(stages.here(stages.drawing(plain, workers), todo)))
-    session.start()
-    sizes = [item["stop"] - item["start"] for item in items]
-    with progress.bar(sum(sizes), "image", "evaluate", initial=sum(sizes[k] for k in done)) as bar:
-        with progress.watched(progress.Parts(bar, sizes, done).show) as mailbox:
-            rows = list(fanout.run_stages(todo, stages.drawing(plain, workers, mailbox)))
-    busy = _busy(rows)
-    logger.info("%s images/s; samplers computed %.0f%% of their time", units.rate(busy["images_per_second"]),
-                100 * busy["busy_share"])
-    return busy
-
-
-def _busy(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the samplers, from the begin of their first chunks to the end of their last: images/s, share of time in models."""
-    by_drawer: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_drawer.setdefault(row["drawer"], []).append(row)
-    elapsed = {drawer: max(r["ended"] for r in of) - min(r["began"] for r in of) for drawer, of in by_drawer.items()}
-    return {"images_per_second": sum(row["num_images"] for row in rows) / max(elapsed.values()),
-            "busy_share": sum(row["busy"] for row in rows) / sum(elapsed.values())}
+    return draw_missing([p.config for p in plans if not p.samples], workers, pool)
 
 
 def _write_metrics(p: Plan, compared: dict[str, tuple[Reference, Summary | None]], timing: dict[str, Any]) -> None:

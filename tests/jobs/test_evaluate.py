@@ -8,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
 
 from mdt_ray import cli, storage
 from mdt_ray.config import EvaluateConfig, ReferenceConfig, SamplingConfig, SweepConfig, WorkersConfig
 from mdt_ray.data import arrays, images, picture_sets, readers
 from mdt_ray.evaluation import chunks, metrics, results
 from mdt_ray.evaluation.digits import load_digits_features
+from mdt_ray.evaluation.inception import Inception
 from mdt_ray.evaluation.reference import read_reference
+from mdt_ray.jobs import plan_evaluate
 from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
 from mdt_ray.jobs.reference import reference
 from mdt_ray.jobs.sweep import settings_of, sweep
@@ -113,10 +117,6 @@ def test_statistics_stand_in_for_the_images(files, digits, tmp_path):
 
 def test_an_official_file_drops_in(files, digits, tmp_path):
     """Keys and shapes of ADM's files; features of Inception with random weights stand for the published ones."""
-    import torch
-
-    from mdt_ray.evaluation.inception import Inception
-
     torch.manual_seed(0)
     network = Inception()
     torch.save(network.state_dict(), tmp_path / "weights.pth")
@@ -135,6 +135,55 @@ def test_an_official_file_drops_in(files, digits, tmp_path):
     assert found["metrics"]["fid_12"] == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="extractor is 'inception', but the samples' is 'digits'"):
         judged(tmp_path / "other", samples=small, reference=official, num_samples=12)
+
+
+def test_dinov2_gives_what_it_can_under_names_of_its_own(files, tmp_path):
+    """Neither a spatial map nor classes: no sFID and no IS. A small network stands for the published one."""
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, mlp_ratio=2, image_size=28,
+                             initializer_range=0.3)).save_pretrained(tmp_path / "dinov2")
+    small, real = (saved(tmp_path / f"{name}.npz", arrays.read_images(arrays.open_npz(files[name]), 0, 20))
+                   for name in ("npz", "reference"))
+    found = judged(tmp_path / "out", samples=small, reference=real, num_samples=20, extractor="dinov2",
+                   extractor_weights=str(tmp_path / "dinov2"))
+    assert set(found["metrics"]) == {f"{name}_dinov2_20" for name in ("fd", "precision", "recall", "kd")}
+    assert found["transform"] == "bicubic-antialias-224"
+
+
+def test_distances_may_be_those_of_adm(files, digits, tmp_path):
+    given = {"samples": files["npz"], "reference": files["reference"], "num_samples": 100}
+    found = judged(tmp_path, adm_float16=True, **given)["metrics"]
+    network = load_digits_features()
+    made, real = (chunks.measure(network, part, np.zeros(len(part)), np.arange(0)).pool
+                  for part in (digits[0][:100], digits[0][100:400]))
+    assert (found["precision_digits_100"], found["recall_digits_100"]) == \
+        metrics.precision_recall(real, made, adm_float16=True)
+    with pytest.raises(ValueError, match="adm_float16: True -> False"):
+        judged(tmp_path, **given)
+
+
+def test_the_plan_measures_all_parts(checkpoint, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_evaluate, "MEASURE_SECONDS", 0.01)
+    config = EvaluateConfig(checkpoint=checkpoint, output=str(tmp_path / "out"), reference="digits", extractor="digits",
+                            sampling=dataclasses.replace(SAMPLING, cfg_interval=(0, 500)), num_samples=100, chunk_size=40,
+                            sample_batch_size=4, num_seed_ranges=2)
+    lines = plan_evaluate.plan_evaluate(config).splitlines()
+    assert lines[0].split(None, 1)[1] == "200 images in 2 ranges of seeds, 6 chunks"
+    assert re.search(r"drawing [\d.,]+ images/s, decoding [\d.,]+ images/s, measuring [\d.,]+ images/s", lines[3])
+    assert re.search(r"about \d+ s", lines[4])
+    given = dataclasses.replace(config, checkpoint="", samples=files["npz"], num_seed_ranges=1)
+    assert "drawing" not in plan_evaluate.plan_evaluate(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_takes_a_source_and_presets(files, tmp_path):
+    settings = cli.parse("reference", [files["reference"], "--output", str(tmp_path), "--image-size", "32"]).settings
+    assert (settings.source, settings.image_size) == (files["reference"], 32)
+    words = ["digits", "--cfg-scale", "1", "2", "--cfg-interval", "0", "999", "0", "400"]
+    settings = cli.parse("evaluate sweep", words).settings
+    assert (settings.cfg_scale, settings.cfg_interval) == ((1.0, 2.0), ((0, 999), (0, 400)))
+    assert settings.evaluate.extractor == "digits"
+    assert cli.parse("plan evaluate", ["imagenet256-s-2"]).settings.num_samples == 50_000
 
 
 def test_ranges_of_seeds_give_mean_and_spread(checkpoint, tmp_path):

@@ -1,0 +1,55 @@
+"""Samples of checkpoints -> chunks of features, by pools of samplers, decoders and feature networks or here."""
+
+import logging
+from typing import Any
+
+from mdt_ray import config_io, storage
+from mdt_ray.config import EvaluateConfig, WorkersConfig
+from mdt_ray.jobs import fanout, progress, session, stages, units
+from mdt_ray.jobs.measuring import chunk_ranges
+
+logger = logging.getLogger(__name__)
+
+
+def draw_missing(configs: list[EvaluateConfig], workers: WorkersConfig, pool: bool) -> dict[str, float] | None:
+    """Write the chunks that are not there; returns how busy the samplers were, where there were any.
+
+    Args:
+        configs: resolved ones.
+        pool: False works in this process, without Ray.
+    """
+    items: list[dict[str, Any]] = []
+    done: set[int] = set()
+    for number, config in enumerate(configs):
+        have = storage.list_sizes(storage.join(config.output, "chunks"))
+        for uri, start, stop in chunk_ranges(config.output, config.num_samples, config.chunk_size):
+            if storage.base(uri).rpartition("/")[2] in have:
+                done.add(len(items))
+            items.append({"uri": uri, "start": start, "stop": stop, "plan": number, "number": len(items),
+                          "num_kept": config.keep_images, "extractor": config.extractor,
+                          "extractor_weights": config.extractor_weights})
+    todo = [item for item in items if item["number"] not in done]
+    if not todo:
+        return None
+    plain = [config_io.to_dict(config) for config in configs]
+    if not pool:
+        return _busy(list(stages.here(stages.drawing(plain, workers), todo)))
+    session.start()
+    sizes = [item["stop"] - item["start"] for item in items]
+    with progress.bar(sum(sizes), "image", "evaluate", initial=sum(sizes[k] for k in done)) as bar:
+        with progress.watched(progress.Parts(bar, sizes, done).show) as mailbox:
+            rows = list(fanout.run_stages(todo, stages.drawing(plain, workers, mailbox)))
+    busy = _busy(rows)
+    logger.info("%s images/s; samplers computed %.0f%% of their time", units.rate(busy["images_per_second"]),
+                100 * busy["busy_share"])
+    return busy
+
+
+def _busy(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the samplers, from the begin of their first chunks to the end of their last: images/s, share of time in models."""
+    by_drawer: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_drawer.setdefault(row["drawer"], []).append(row)
+    elapsed = {drawer: max(r["ended"] for r in of) - min(r["began"] for r in of) for drawer, of in by_drawer.items()}
+    return {"images_per_second": sum(row["num_images"] for row in rows) / max(elapsed.values()),
+            "busy_share": sum(row["busy"] for row in rows) / sum(elapsed.values())}
