@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from mdt_ray import __version__, storage
 from mdt_ray.data import arrays
 from mdt_ray.evaluation import metrics
-from mdt_ray.evaluation.chunks import softmax
 from mdt_ray.evaluation.features import Extractor
 from mdt_ray.evaluation.inception import WEIGHTS_URL, load_inception
 from mdt_ray.evaluation.reference import Reference, check_fits, read_reference
+from mdt_ray.evaluation.results import softmax
 from mdt_ray.evaluation.statistics import FeatureStatistics
 
 logger = logging.getLogger("verify_published")
