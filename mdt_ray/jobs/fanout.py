@@ -13,6 +13,7 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
 from mdt_ray.config import WorkersConfig
+from mdt_ray.jobs import session
 
 FAILURE = "failure"
 
@@ -58,10 +59,11 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
         items: small dicts, one a chunk.
         stages: each is given what the one before returned.
         calls_per_worker: items that an actor is given at a time, each in a thread of its own.
-    Raises what a worker raised.
+    Raises what a worker raised, and ValueError where this machine has no room for the actors.
     """
     if not items:
         return
+    session.require_pools([(min(stage.workers.num_workers, len(items)), stage.workers) for stage in stages])
     data = ray.data.from_items(items, override_num_blocks=len(items))
     for worker, arguments, workers in stages:
         pool = ActorPoolStrategy(size=min(workers.num_workers, len(items)),

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+from collections.abc import Sequence
 
 import ray
 
@@ -66,6 +67,19 @@ def require_room(workers: WorkersConfig) -> None:
         _refuse(f"workers.num_workers = {workers.num_workers}: with {workers.cpus_per_worker:g} CPUs and "
                 f"{workers.gpus_per_worker:g} GPUs each, Ray has room for {room} (it has {have.get('CPU', 0):g} CPUs and "
                 f"{have.get('GPU', 0):g} GPUs)", "use fewer or smaller ones")
+
+
+def require_pools(pools: Sequence[tuple[int, WorkersConfig]]) -> None:
+    """Raise ValueError where this machine's Ray never holds so many actors of each kind together and would wait for ever;
+    a warning on a cluster."""
+    have = ray.cluster_resources()
+    for name, field in (("CPU", "cpus_per_worker"), ("GPU", "gpus_per_worker")):
+        # (An actor with a GPU reserves no CPU.)
+        need = sum(n * getattr(w, field) for n, w in pools if name == "GPU" or not w.gpus_per_worker)
+        if need > have.get(name, 0) + 1e-6:
+            counts = " + ".join(str(n) for n, _ in pools)
+            _refuse(f"workers: the job's {counts} actors take {need:g} {name}s, but Ray has {have.get(name, 0):g}",
+                    "use fewer or smaller ones")
 
 
 def _refuse(text: str, remedy: str) -> None:

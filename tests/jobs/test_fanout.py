@@ -43,6 +43,17 @@ class Adder:
         return {"number": item["number"] + self.amount, "size": len(item["text"] * 1000)}
 
 
+def test_actors_that_would_wait_for_ever_are_refused(ray_session):
+    from mdt_ray.jobs import fanout
+
+    many = [fanout.Stage(Worker, (), WorkersConfig(num_workers=400)), fanout.Stage(Adder, (1,), WorkersConfig())]
+    with pytest.raises(ValueError, match=r"workers: the job's 300 \+ 1 actors take 301 CPUs, but Ray has \d+; use fewer"):
+        next(fanout.run_stages([{"what": "a", "number": i} for i in range(300)], many))
+    on_gpu = [fanout.Stage(Worker, (), WorkersConfig(gpus_per_worker=0.5))]
+    with pytest.raises(ValueError, match=r"take 0\.5 GPUs, but Ray has 0; use fewer"):
+        next(fanout.run_stages([{"what": "a", "number": 0}], on_gpu))
+
+
 def test_stages_hand_on_items_and_errors(ray_session):
     from mdt_ray.jobs import fanout
 
