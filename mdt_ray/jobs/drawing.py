@@ -6,16 +6,18 @@ from typing import Any
 from mdt_ray import config_io, storage
 from mdt_ray.config import EvaluateConfig, WorkersConfig
 from mdt_ray.jobs import fanout, progress, session, stages, units
-from mdt_ray.jobs.measuring import chunk_ranges
+from mdt_ray.jobs.measuring import Measurement, chunk_ranges, is_there, missing_items
 
 logger = logging.getLogger(__name__)
 
 
-def draw_missing(configs: list[EvaluateConfig], workers: WorkersConfig, pool: bool) -> dict[str, float] | None:
-    """Write the chunks that are not there; returns how busy the samplers were, where there were any.
+def draw_missing(configs: list[EvaluateConfig], references: list[Measurement], workers: WorkersConfig,
+                 pool: bool) -> dict[str, float] | None:
+    """Write the chunks that are not there; returns how busy the samplers were, where anything was drawn.
 
     Args:
         configs: resolved ones.
+        references: real images to be measured by the way.
         pool: False works in this process, without Ray.
     """
     items: list[dict[str, Any]] = []
@@ -23,31 +25,36 @@ def draw_missing(configs: list[EvaluateConfig], workers: WorkersConfig, pool: bo
     for number, config in enumerate(configs):
         have = storage.list_sizes(storage.join(config.output, "chunks"))
         for uri, start, stop in chunk_ranges(config.output, config.num_samples, config.chunk_size):
-            if storage.base(uri).rpartition("/")[2] in have:
+            if is_there(uri, have):
                 done.add(len(items))
             items.append({"uri": uri, "start": start, "stop": stop, "plan": number, "number": len(items),
                           "num_kept": config.keep_images, "extractor": config.extractor,
                           "extractor_weights": config.extractor_weights})
-    todo = [item for item in items if item["number"] not in done]
+    real, handed = missing_items(references)
+    todo = real + [item for item in items if item["number"] not in done]
     if not todo:
         return None
     plain = [config_io.to_dict(config) for config in configs]
     if not pool:
-        return _busy(list(stages.here(stages.drawing(plain, workers), todo)))
+        return _busy(list(stages.here(stages.drawing(plain, handed, workers), todo)))
     session.start()
     sizes = [item["stop"] - item["start"] for item in items]
     with progress.bar(sum(sizes), "image", "evaluate", initial=sum(sizes[k] for k in done)) as bar:
         with progress.watched(progress.Parts(bar, sizes, done).show) as mailbox:
-            rows = list(fanout.run_stages(todo, stages.drawing(plain, workers, mailbox)))
-    busy = _busy(rows)
+            busy = _busy(list(fanout.run_stages(todo, stages.drawing(plain, handed, workers, mailbox))))
+    if busy is None:
+        return None
     logger.info("%s images/s; samplers computed %.0f%% of their time", units.rate(busy["images_per_second"]),
                 100 * busy["busy_share"])
     return busy
 
 
-def _busy(rows: list[dict[str, Any]]) -> dict[str, float]:
+def _busy(rows: list[dict[str, Any]]) -> dict[str, float] | None:
     """Of the samplers, from the begin of their first chunks to the end of their last: images/s, share of time in models."""
     by_drawer: dict[str, list[dict[str, Any]]] = {}
+    rows = [row for row in rows if "drawer" in row]
+    if not rows:
+        return None
     for row in rows:
         by_drawer.setdefault(row["drawer"], []).append(row)
     elapsed = {drawer: max(r["ended"] for r in of) - min(r["began"] for r in of) for drawer, of in by_drawer.items()}

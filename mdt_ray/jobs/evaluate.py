@@ -195,9 +195,11 @@ def _run_missing(plans: list[Plan], pool: bool) -> dict[str, float] | None:
     if not plans:
         return None
     workers = plans[0].config.workers
-    measure_missing([p.reference for p in plans if p.reference], workers, pool, "reference")
-    measure_missing([p.samples for p in plans if p.samples], workers, pool, "samples")
-    return draw_missing([p.config for p in plans if not p.samples], workers, pool)
+    references = [p.reference for p in plans if p.reference]
+    given = [p.samples for p in plans if p.samples]
+    if given:
+        measure_missing([*given, *references], workers, pool, "measure")
+    return draw_missing([p.config for p in plans if not p.samples], references, workers, pool)
 
 
 def _write_metrics(p: Plan, compared: dict[str, tuple[Reference, Summary | None]], timing: dict[str, Any]) -> None:

@@ -64,20 +64,27 @@ def chunk_ranges(folder: str, count: int, size: int) -> list[tuple[str, int, int
             for start in range(0, count, size)]
 
 
-def measure_missing(measurements: list[Measurement], workers: WorkersConfig, pool: bool, title: str) -> None:
-    """Write the chunks that are not there. Raises ValueError for pictures that cannot be measured."""
-    by_folder = {m.folder: m for m in measurements}  # two evaluations may share one
+def missing_items(measurements: list[Measurement]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Items of the chunks that are not there, and what `Read` takes for them."""
     todo: list[dict[str, Any]] = []
     handed: list[dict[str, Any]] = []
-    total = 0
-    for m in by_folder.values():
+    for m in {m.folder: m for m in measurements}.values():  # two evaluations may share a folder
         have = storage.list_sizes(storage.join(m.folder, "chunks"))
-        items = m.items()
-        total += m.num_images
-        missing = [item for uri, item in items.items() if storage.base(uri).rpartition("/")[2] not in have]
+        missing = [item for uri, item in m.items().items() if not is_there(uri, have)]
         if missing:
             todo += [item | {"plan": len(handed)} for item in missing]
             handed.append(m.pictures.hand_out(m.folder, m.chunk_size))
+    return todo, handed
+
+
+def is_there(uri: str, sizes: dict[str, int]) -> bool:
+    """Whether a file is in a folder's listing."""
+    return storage.base(uri).rpartition("/")[2] in sizes
+
+
+def measure_missing(measurements: list[Measurement], workers: WorkersConfig, pool: bool, title: str) -> None:
+    """Write the chunks that are not there. Raises ValueError for pictures that cannot be measured."""
+    todo, handed = missing_items(measurements)
     if not todo:
         return
     if not pool:
@@ -85,6 +92,7 @@ def measure_missing(measurements: list[Measurement], workers: WorkersConfig, poo
             pass
         return
     session.start()
+    total = sum(m.num_images for m in {m.folder: m for m in measurements}.values())
     waiting = sum(item["stop"] - item["start"] for item in todo)
     with progress.bar(total, "image", title, initial=total - waiting) as bar:
         for row in fanout.run_stages(todo, stages.reading(handed, workers)):

@@ -33,9 +33,14 @@ SAMPLERS_PER_HELPER = 4
 
 
 class Draw:
-    """Item with plan, start, stop -> latents and labels of these images; loads networks when it first needs them."""
+    """Item with plan, start, stop -> latents and labels of these images; loads networks when it first needs them.
 
-    def __init__(self, plain: list[dict[str, Any]], workers: dict[str, Any], mailbox: Any = None):
+    Items of `Read` it passes on to one: an evaluation's few real images are not worth actors of their own.
+    """
+
+    def __init__(self, plain: list[dict[str, Any]], handed: list[dict[str, Any]], workers: dict[str, Any],
+                 mailbox: Any = None):
+        self.read = Read(handed)
         self.configs = [config_io.from_dict(EvaluateConfig, p) for p in plain]
         self.device = torch.device(session.settle(WorkersConfig(**workers)))
         self.mailbox = mailbox
@@ -47,6 +52,8 @@ class Draw:
         return load_networks(config.checkpoint, config.sampling, self.device, dtype, config.compile)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if "exact" in item:
+            return self.read(item)
         config, start, stop = self.configs[item["plan"]], item["start"], item["stop"]
         networks = self.networks(*_networks_of(config))
         began, parts = time.time(), []
@@ -69,7 +76,7 @@ def _networks_of(config: EvaluateConfig) -> tuple[Any, ...]:
 
 
 class Decode:
-    """Latents -> pictures; keeps the latents of the first images for the search for copies."""
+    """Latents -> pictures; keeps latents of the first images, to look for copies. What was read goes on as it is."""
 
     def __init__(self, plain: list[dict[str, Any]], workers: dict[str, Any]):
         self.configs = [config_io.from_dict(EvaluateConfig, p) for p in plain]
@@ -78,6 +85,8 @@ class Decode:
         self.vae = functools.cache(lambda uri: load_decoder(storage.read_json(storage.join(uri, "state.json")), self.device))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if "exact" in item:
+            return item
         config, arrays = self.configs[item["plan"]], load_safetensors(item[ARRAYS])
         vae, parts = self.vae(config.checkpoint), []
         for _, part in _batches(torch.from_numpy(arrays["latents"]), config.sample_batch_size):
@@ -116,13 +125,17 @@ class Measure:
         return item | {"num_images": item["stop"] - item["start"]}
 
 
-def drawing(plain: list[dict[str, Any]], workers: WorkersConfig, mailbox: Any = None) -> list[Stage]:
-    """The stages of drawn pictures; on a GPU each sampler comes with a decoder and a feature network of its own."""
+def drawing(plain: list[dict[str, Any]], handed: list[dict[str, Any]], workers: WorkersConfig,
+            mailbox: Any = None) -> list[Stage]:
+    """The stages of drawn pictures, and of those to compare them with.
+
+    On a GPU each sampler comes with a decoder and a feature network of its own.
+    """
     own, helper = workers, _helper(workers)
     if workers.gpus_per_worker:
         own = WorkersConfig(num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker,
                             gpus_per_worker=workers.gpus_per_worker * (1 - 2 * SHARE))
-    return [Stage(Draw, (plain, vars(own), mailbox), own), Stage(Decode, (plain, vars(helper)), helper),
+    return [Stage(Draw, (plain, handed, vars(own), mailbox), own), Stage(Decode, (plain, vars(helper)), helper),
             Stage(Measure, (vars(helper),), helper)]
 
 
