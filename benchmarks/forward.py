@@ -21,15 +21,16 @@ from mdt_ray.models import MDT, sample_mask
 BATCH, MASK_RATIO = 8, 0.3
 
 
-def medians(functions: dict[str, Callable], rounds: int, synchronise: Callable) -> dict[str, float]:
+def medians(functions: dict[str, Callable], rounds: int, synchronise: Callable,
+            clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Seconds of each function, called in turn; the first two rounds warm up."""
     times = {name: [] for name in functions}
     for _ in range(rounds + 2):
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = clock()
             function()
             synchronise()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values[2:]) for name, values in times.items()}
 
 

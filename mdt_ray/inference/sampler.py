@@ -100,6 +100,15 @@ def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
             layer.to(dtype)
 
 
+def prepare(model: MDT | DiT, autocast_dtype: torch.dtype | None, compile: bool) -> MDT | DiT:
+    """The model, made ready in place for many calls in this precision, its blocks compiled or not."""
+    if autocast_dtype is not None:
+        cast_products(model, autocast_dtype)
+    if compile:
+        compile_blocks(model)
+    return model
+
+
 def load_networks(checkpoint: str, config: SamplingConfig, device: str | torch.device = "cpu",
                   autocast_dtype: torch.dtype | None = None, compile: bool = False) -> Networks:
     """The model of a checkpoint (URI) and, where the settings name one, its guide; with `compile`, their blocks compiled for
@@ -112,12 +121,7 @@ def load_networks(checkpoint: str, config: SamplingConfig, device: str | torch.d
         check_guide(facts, config.guide)
 
     def load(checkpoint: str, weights: str) -> MDT | DiT:
-        model = load_model(checkpoint, weights).to(device)
-        if autocast_dtype is not None:
-            cast_products(model, autocast_dtype)
-        if compile:
-            compile_blocks(model)
-        return model
+        return prepare(load_model(checkpoint, weights).to(device), autocast_dtype, compile)
 
     guide = load(config.guide, config.guide_weights) if config.guide else None
     return Networks(load(checkpoint, config.weights), guide, facts, device, autocast_dtype)

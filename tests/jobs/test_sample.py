@@ -1,6 +1,7 @@
 """Pictures from a checkpoint: the images that `evaluate` draws, as PNGs, a grid and an npz."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -30,8 +31,11 @@ def arrays(output) -> tuple[np.ndarray, np.ndarray]:
         return file["arr_0"], file["arr_1"]
 
 
-def test_they_are_the_images_of_an_evaluation(config, checkpoint, tmp_path):
-    sample(dataclasses.replace(config, batch_size=4))
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[
+    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPUs"),
+    pytest.mark.filterwarnings("default")])])  # PyTorch's compiler warns of itself in many places
+def test_they_are_the_images_of_an_evaluation(config, checkpoint, tmp_path, compiled):
+    sample(dataclasses.replace(config, batch_size=4, compile=compiled))
     pictures, labels = arrays(config.output)
     judged = EvaluateConfig(checkpoint=checkpoint, output=str(tmp_path / "judged"), reference="digits", sampling=SAMPLING,
                             extractor="digits", num_samples=10, chunk_size=10, sample_batch_size=10, keep_images=10, seed=3)
