@@ -1,4 +1,4 @@
-"""What Ray costs an evaluation: real runs of the digits' model (guided, 25 steps of DPM-Solver++) against bare processes.
+"""What Ray costs an evaluation: real runs of the digits' model (bf16, compiled, guided, 25 steps of DPM-Solver++).
 
     python benchmarks/evaluate_overhead.py [--quick] [--checkpoint RUN]
 
@@ -91,36 +91,39 @@ def bare_rate(config: EvaluateConfig, num_processes: int) -> float:
     return config.num_samples / max(seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1,500 images instead of 50,000")
-    parser.add_argument("--checkpoint", help="a training output; else random weights")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    arguments = parser.parse_args()
+def measure(quick: bool, checkpoint: str = "") -> dict[str, float]:
+    """Figures by name."""
     from mdt_ray.jobs.evaluate import evaluate
 
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = arguments.checkpoint and checkpoints.resolve(storage.absolute(arguments.checkpoint))
+        checkpoint = checkpoint and checkpoints.resolve(storage.absolute(checkpoint))
         checkpoint = checkpoint or random_checkpoint(str(Path(folder) / "train"))
         config = dataclasses.replace(
-            presets.digits().evaluate, checkpoint=checkpoint, output=str(Path(folder) / "out"),
-            precision=arguments.precision, num_samples=1500 if arguments.quick else 50_000, chunk_size=250,
-            sample_batch_size=125, keep_images=0, workers=WorkersConfig(num_workers=cores))
-        few = dataclasses.replace(config, num_samples=1000 if arguments.quick else 4000)
+            presets.digits().evaluate, checkpoint=checkpoint, output=str(Path(folder) / "out"), precision="bf16",
+            compile=True, num_samples=2000 if quick else 50_000, chunk_size=250, sample_batch_size=125, keep_images=0,
+            workers=WorkersConfig(num_workers=cores))
+        few = dataclasses.replace(config, num_samples=1000 if quick else 10_000)
         before = bare_rate(few, cores)
         started = time.perf_counter()
         found = evaluate(config)
         wall = time.perf_counter() - started
         after = bare_rate(few, cores)
-    rate = found["samplers"]["images_per_second"]
-    print(f"bare {before:.1f} and {after:.1f} images/s, Ray {rate:.1f} in steady state, {config.num_samples / wall:.1f} in "
-          f"all; samplers busy {found['samplers']['busy_share']:.1%}")
+    rate, whole = found["samplers"]["images_per_second"], config.num_samples / wall
+    print(f"bare {before:.1f} and {after:.1f} images/s, Ray {rate:.1f} in steady state, {whole:.1f} in all; samplers busy "
+          f"{found['samplers']['busy_share']:.1%}")
     print(" ".join(f"{name}={value:.5g}" for name, value in found["metrics"].items()))
-    print(json.dumps({"name": "evaluate_overhead", "machine": platform.machine(), "figures": {
-        "overhead_share": round(1 - rate / ((before + after) / 2), 4),
-        "sampler_waiting_share": round(1 - found["samplers"]["busy_share"], 4),
-        "images_per_second": round(rate, 1), "images_per_second_with_start": round(config.num_samples / wall, 1)}}))
+    return {"overhead_share": 1 - rate / ((before + after) / 2), "images_per_second": rate,
+            "images_per_second_with_start": whole, "sampler_waiting_share": 1 - found["samplers"]["busy_share"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="2,000 images instead of 50,000")
+    parser.add_argument("--checkpoint", default="", help="a training output; else random weights")
+    arguments = parser.parse_args()
+    figures = {name: round(value, 4) for name, value in measure(arguments.quick, arguments.checkpoint).items()}
+    print(json.dumps({"name": "evaluate_overhead", "machine": platform.machine(), "figures": figures}))
 
 
 if __name__ == "__main__":

@@ -131,6 +131,8 @@ def parse(job: str, arguments: list[str]) -> Any:
         default = cls(**{JOBS[job].positional: name})
     else:
         default = _of_job(job, presets.preset(name)) if name else (presets.digits() if job == "quickstart" else cls())
+    if job.endswith("evaluate") and "--samples" in arguments and "--checkpoint" not in arguments:
+        default = dataclasses.replace(default, checkpoint="")  # a preset's
     if "--config" in arguments:
         place = arguments.index("--config")
         if place + 1 == len(arguments):
@@ -211,13 +213,20 @@ def _last_line(job: str, config: Any, result: Any) -> str:
         return f"best of {len(result)} trials: {best['overrides']}; table in {config.output}/results.json"
     if job == "evaluate":
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
-        return f"{numbers}\n{config.output.rstrip('/')}/metrics.json"
+        return f"{numbers}\n{_below(config.output, 'metrics.json')}"
     if job == "evaluate sweep":
-        best, output = result["trials"][0], config.output.rstrip("/")
+        best = result["trials"][0]
         settings = ", ".join(f"{key} {value}" for key, value in best.items() if key not in ("metrics", "output"))
         return (f"best of {len(result['trials'])}: {settings}: {result['metric']} {best['metrics'][result['metric']]:.4g}\n"
-                f"{output}/frontier.png\nin full: mdt-ray evaluate --config {output}/best.json")
+                f"{_below(config.output, 'frontier.png')}\n"
+                f"in full: mdt-ray evaluate --config {shlex.quote(_below(config.output, 'best.json'))}")
     return f"report {result}" if job == "quickstart" else result
+
+
+def _below(folder: str, name: str) -> str:
+    from mdt_ray import storage
+
+    return storage.join(folder, name)
 
 
 def _fail(job: str, error: Exception, code: int) -> int:

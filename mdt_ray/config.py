@@ -328,7 +328,6 @@ class SamplingConfig:
         low, high = self.cfg_interval or (0, NUM_TIMESTEPS - 1)
         require(0 <= low <= high < NUM_TIMESTEPS, "sampling.cfg_interval", self.cfg_interval,
                 f"must be two timesteps, the smaller first, of 0..{NUM_TIMESTEPS - 1}")
-        require(not self.guide or self.cfg_scale != 1, "sampling.guide", self.guide, "has no effect with cfg_scale = 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +414,7 @@ class EvaluateConfig:
     """Its weights: a file, URI or URL (Inception), a folder or hub id (DINOv2); by default the published ones."""
     num_samples: int = 50_000
     """Images to draw, or to take of `samples`."""
-    num_seed_ranges: int = 1
+    num_seed_ranges: int = operational(1)
     """Repeat with as many further ranges of seeds, and report mean, minimum, maximum and spread."""
     seed: int = 0
     """Image i is drawn from seed + i."""
@@ -433,16 +432,19 @@ class EvaluateConfig:
     """Autocast dtype of the model; VAE and extractor always compute in fp32."""
     compile: bool = False
     """Compile the blocks (torch.compile): some seconds at the start, faster steps, images within a grey level in fp32."""
-    adm_float16: bool = False
+    adm_float16: bool = operational(False)
     """Precision and recall by distances in float16, as ADM's evaluator computes them; they move by about 0.001."""
     workers: WorkersConfig = operational(WorkersConfig())
-    """The pool of samplers. Of GPUs they leave a fifth to the decoders and feature networks, which come with them."""
+    """The pool of samplers, each with one GPU at most, of which it leaves a fifth to the decoders and feature networks."""
 
     def __post_init__(self):
         for name in ("num_samples", "num_seed_ranges", "chunk_size", "sample_batch_size"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be positive")
         require(not (self.samples and self.checkpoint), "samples", self.samples,
-                f"are measured without a checkpoint, but checkpoint = {self.checkpoint!r}; leave one of them out")
+                f"have no use for a checkpoint, but checkpoint = {self.checkpoint!r}; leave one out")
+        require(self.num_samples >= 4, "num_samples", self.num_samples, "must be at least 4 (three neighbours)")
+        require(self.workers.gpus_per_worker <= 1, "workers.gpus_per_worker", self.workers.gpus_per_worker,
+                "must be at most 1: a sampler computes on one GPU")
         require(not (self.latents and self.samples), "latents", self.latents,
                 "are compared with drawn samples only; leave it out")
         require(not self.latents or self.keep_images > 0, "keep_images", self.keep_images,

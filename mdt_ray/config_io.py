@@ -97,13 +97,23 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
 
 def load_file(cls: type[T], path: str | Path) -> T:
     """Read a config from TOML or JSON; a run's own run.json works too."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--config {str(path)!r}: no such file")
+    name, path = str(path), Path(path)
+    suffix = Path(name.partition("?")[0]).suffix
+    if "://" in name:
+        from mdt_ray import storage  # which a local file does without
+
+        try:
+            text = storage.read_bytes(name).decode()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--config {name!r}: cannot be read ({error})") from error
+    elif path.is_file():
+        text = path.read_text()
+    else:
+        raise ValueError(f"--config {name!r}: no such file")
     try:
-        values = tomllib.loads(path.read_text()) if path.suffix == ".toml" else json.loads(path.read_text())
+        values = tomllib.loads(text) if suffix == ".toml" else json.loads(text)
     except ValueError as error:
-        raise ValueError(f"--config {str(path)!r}: not valid {path.suffix[1:] or 'JSON'} ({error})") from error
+        raise ValueError(f"--config {name!r}: not valid {suffix[1:] or 'JSON'} ({error})") from error
     if "config" in values and "identity" in values:  # the run.json of an output folder
         values = values["config"]
     return from_dict(cls, values)

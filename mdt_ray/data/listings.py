@@ -119,11 +119,11 @@ def _labels_from_table(source: Source, names: list[str]) -> list[Any]:
     return [labels[name] for name in names]
 
 
-def _scan_parquet(folder: str, name: str) -> Rows:
+def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
     """Paths and labels of a file's rows, without reading the images."""
     with _open_parquet(folder, name) as file:
         schema = file.schema_arrow
-        for column in ("image", "label"):
+        for column in ("image", "label") if labelled else ("image",):
             if column not in schema.names:
                 raise ValueError(f"{storage.join(folder, name)}: has no column {column!r}; expected image (struct of bytes, "
                                  "path) and label")
@@ -133,10 +133,12 @@ def _scan_parquet(folder: str, name: str) -> Rows:
         if largest > LARGE_ROW_GROUP:
             logger.warning("%s has row groups of %d rows; each is read from its start for every chunk in it. Written with "
                            "row groups of some hundred rows it would be read once", name, largest)
-        table = file.read(columns=["label"] + ["image.path"] * has_path)
-    paths = pc.struct_field(table["image"], "path").to_pylist() if has_path else [None] * table.num_rows
+        table = file.read(columns=["label"] * labelled + ["image.path"] * has_path)
+        count = file.metadata.num_rows
+    paths = pc.struct_field(table["image"], "path").to_pylist() if has_path else [None] * count
     ids = [path or f"{name}#{row}" for row, path in enumerate(paths)]
-    return ids, table["label"].to_pylist(), [(name, row, 0) for row in range(table.num_rows)]
+    labels = table["label"].to_pylist() if labelled else [NO_LABEL] * count
+    return ids, labels, [(name, row, 0) for row in range(count)]
 
 
 @contextlib.contextmanager
@@ -151,17 +153,18 @@ def _open_parquet(folder: str, name: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _scan_tar(folder: str, name: str) -> Rows:
+def _scan_tar(folder: str, name: str, labelled: bool = True) -> Rows:
     samples = tars.scan(folder, name, IMAGE_SUFFIXES)
-    return ([f"{name.removesuffix('.tar')}/{sample.key}" for sample in samples], [sample.label for sample in samples],
+    labels = [sample.label if labelled else NO_LABEL for sample in samples]
+    return ([f"{name.removesuffix('.tar')}/{sample.key}" for sample in samples], labels,
             [(name, sample.offset, sample.size) for sample in samples])
 
 
-def _scan_files(source: Source, scan: Callable[[str, str], Rows]) -> Rows:
+def _scan_files(source: Source, scan: Callable[[str, str, bool], Rows]) -> Rows:
     """What `scan` finds in each file, in the files' order."""
     ids, labels, places = [], [], []
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        for found in pool.map(lambda name: scan(source.folder, name), source.files["name"].to_pylist()):
+        for found in pool.map(lambda name: scan(source.folder, name, source.labelled), source.files["name"].to_pylist()):
             ids += found[0]
             labels += found[1]
             places += found[2]

@@ -1,15 +1,18 @@
 """Pictures that exist, to be measured by ranges of their index: those of a source, or of an .npz file. Not drawn ones."""
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mdt_ray import storage
 from mdt_ray.data import arrays, images, listings, readers, sources
+from mdt_ray.data import npz as npz_files
 from mdt_ray.data.listings import Listing
 from mdt_ray.data.sources import Source
 
+logger = logging.getLogger(__name__)
 LISTING = "listing.parquet"
 
 
@@ -37,18 +40,26 @@ class PictureSet:
         return {"listing": uri, "folder": self.source.folder, "kind": self.source.kind}
 
 
-def open_pictures(uri: str, labels: str = "") -> PictureSet:
-    """A folder, Parquet or tar source (labels are welcome, and not needed), `digits`, or an .npz file with `arr_0`.
+def open_pictures(uri: str) -> PictureSet:
+    """A folder, Parquet or tar source, `digits`, or an .npz file with `arr_0`. Labels of a source are not looked at.
 
+    A folder with subfolders comes in a fixed shuffled order: its own would be sorted by class, which no metric over
+    consecutive images bears (Inception Score). An npz is in the order that it was written in, as for ADM's evaluator.
     Raises ValueError for what is none of these, and pictures that are not square.
     """
     if storage.base(uri).endswith(".npz"):
         npz = arrays.open_npz(uri)
         if npz.height != npz.width:
             raise ValueError(f"{uri}: has pictures of {npz.width} x {npz.height} pixels, but they must be square: cut them")
-        return PictureSet(uri=uri, num_images=npz.num_images, image_size=npz.height, fingerprint=arrays.fingerprint(uri))
-    source = sources.open_source(uri, labels, need_labels=False)
+        if not npz.is_stored:
+            logger.warning("%s is compressed, so every chunk is read from its start; saved by np.savez it would not be", uri)
+        return PictureSet(uri=uri, num_images=npz.num_images, image_size=npz.height,
+                          fingerprint=arrays.fingerprint(uri)[:16])
+    source = sources.open_source(uri, need_labels=False)
     listing = listings.list_images(source)
+    if len({name.rpartition("/")[0] for name in source.files["name"].to_pylist()}) > 1 and source.kind == "pictures":
+        order = np.random.Generator(np.random.PCG64(0)).permutation(listing.table.num_rows)
+        listing = replace(listing, table=listing.table.take(order))
     return PictureSet(uri=uri, num_images=listing.table.num_rows, image_size=None, fingerprint=source.fingerprint,
                       source=source, listing=listing)
 
@@ -71,9 +82,19 @@ def side_of(pictures: PictureSet) -> int:
     return first.width
 
 
+def check(uri: str) -> None:
+    """Raise ValueError for what `open_pictures` would not open, without listing pictures."""
+    if storage.base(uri).endswith(".npz"):
+        with npz_files.open_archive(uri):
+            pass
+    else:
+        sources.open_source(uri, need_labels=False)
+
+
 def read_range(handed: dict[str, Any], start: int, stop: int, chunk_size: int, image_size: int,
-               exact: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures start..stop (a chunk) of what `hand_out` gave: (n, H, W, 3) uint8 and labels (n,) int64, -1 without.
+               exact: bool) -> tuple[np.ndarray, np.ndarray, int]:
+    """Pictures start..stop (a chunk) of what `hand_out` gave: (n, H, W, 3) uint8, labels (n,) int64 (-1 without), and how
+    many are left out as unreadable.
 
     Args:
         image_size: side to crop a source's pictures to.
@@ -82,11 +103,11 @@ def read_range(handed: dict[str, Any], start: int, stop: int, chunk_size: int, i
     """
     if "npz" in handed:
         npz = arrays.open_npz(handed["npz"])
-        return arrays.read_images(npz, start, stop), arrays.read_labels(npz)[start:stop]
+        return arrays.read_images(npz, start, stop), arrays.read_labels(npz)[start:stop], 0
     rows, _, _ = listings.read_parts(handed["listing"], [start // chunk_size])
-    piece = readers.read_few(handed["folder"], handed["kind"], rows)
+    piece = readers.read_few(handed["folder"], handed["kind"], rows.slice(0, stop - start))
     found = images.decode_piece(piece, image_size, exact=exact)
     if exact and found.rejected:
         first = found.rejected[0]
         raise ValueError(f"{storage.join(handed['folder'], first['id'])}: {first['reason']}; mend or remove it")
-    return found.images, np.array(found.labels, dtype=np.int64)
+    return found.images, np.array(found.labels, dtype=np.int64), len(found.rejected)

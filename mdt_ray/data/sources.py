@@ -37,7 +37,7 @@ class Source:
     labels: str
     """The table of labels (URI), where there is one."""
     labelled: bool = True
-    """False for a folder of pictures without labels."""
+    """False where labels are not to be looked at."""
 
     @property
     def place(self) -> str:
@@ -62,7 +62,7 @@ def open_source(uri: str, labels: str = "", need_labels: bool = True) -> Source:
     Args:
         uri: `digits`, a folder, or a .parquet or .tar file; local or in an object store.
         labels: table of labels for a folder of pictures; by default one of LABEL_TABLES in it.
-        need_labels: False takes a folder of pictures as they lie, all without labels.
+        need_labels: False takes all images without labels, whatever there is.
     Raises ValueError if there is nothing there, if it cannot be listed, or if it holds several kinds.
     """
     embedded = uri == "digits"
@@ -84,10 +84,10 @@ def open_source(uri: str, labels: str = "", need_labels: bool = True) -> Source:
     names, labelled = kinds[found[0]], True
     if labels and found[0] != "pictures":
         raise ValueError(f"labels = {labels!r}: the source's {found[0]} files carry their own labels; leave it out")
-    if found[0] == "pictures" and not labels:
-        if not need_labels:
-            labelled = False
-        elif len(tables) == 1:
+    if not need_labels and not labels:
+        labelled = False
+    elif found[0] == "pictures" and not labels:
+        if len(tables) == 1:
             labels = next(iter(tables.values()))
         elif tables or not any("/" in name for name in names):
             raise ValueError(f"source = {uri!r}: its pictures have no labels; give each class a subfolder, or name a table "

@@ -11,6 +11,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from mdt_ray import storage
+from mdt_ray.config import EvaluateConfig
 from mdt_ray.evaluation import extractors, gate
 from mdt_ray.evaluation.features import Extractor
 
@@ -28,6 +29,7 @@ class Chunk:
     labels: np.ndarray  # (n,) int64, -1 without
     digests: np.ndarray  # (n,) uint64
     flat: np.ndarray  # (n,) bool
+    num_rejected: np.ndarray  # (1,) int64, pictures of the range that could not be read
     images: np.ndarray  # (k, H, W, 3) uint8
     spatial: np.ndarray | None = None  # (n, S) float32
     logits: np.ndarray | None = None  # (n, num_classes) float32
@@ -54,12 +56,13 @@ def check_extractor(name: str, image_size: int) -> None:
 
 @torch.inference_mode()
 def measure(extractor: Extractor, pictures: np.ndarray, labels: np.ndarray, kept: np.ndarray,
-            latents: np.ndarray | None = None) -> Chunk:
+            latents: np.ndarray | None = None, num_rejected: int = 0) -> Chunk:
     """Features of (n, H, W, 3) uint8 pictures.
 
     Args:
         kept: rows of the pictures to keep.
         latents: of those rows, (k, C, h, w).
+        num_rejected: pictures that there should have been too.
     """
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)  # (n, 3, H, W)
     parts = [extractor(part) for part in pixels.split(BATCH_SIZE)]
@@ -69,7 +72,8 @@ def measure(extractor: Extractor, pictures: np.ndarray, labels: np.ndarray, kept
         return None if found[0] is None else torch.cat(found).cpu().numpy()
 
     return Chunk(pool=joined("pool"), spatial=joined("spatial"), logits=joined("logits"), labels=labels,
-                 digests=gate.digests_of(pictures), flat=gate.flat_of(pictures), images=pictures[kept], latents=latents)
+                 digests=gate.digests_of(pictures), flat=gate.flat_of(pictures), num_rejected=np.array([num_rejected]),
+                 images=pictures[kept], latents=latents)
 
 
 def write_chunk(uri: str, chunk: Chunk) -> None:
@@ -84,6 +88,13 @@ def read_chunk(uri: str) -> Chunk:
         return Chunk(**load_safetensors(data))
     except Exception as error:  # SafetensorError is no ValueError
         raise ValueError(f"{uri}: damaged ({error}); delete it and run the same command again") from error
+
+
+def uris_of(config: EvaluateConfig) -> list[str]:
+    """Files of an evaluation's chunks in index order; of several ranges of seeds, of the first."""
+    folder = storage.join(config.output, f"seeds-{config.seed}") if config.num_seed_ranges > 1 else config.output
+    folder = storage.join(folder, "chunks")
+    return [storage.join(folder, name) for name in storage.list_names(folder) if name.endswith(".safetensors")]
 
 
 def kept_rows(start: int, stop: int, num_kept: int, total: int | None = None) -> np.ndarray:

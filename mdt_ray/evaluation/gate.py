@@ -35,17 +35,21 @@ def flat_of(pictures: np.ndarray) -> np.ndarray:
     return (pictures == pictures[:, :1, :1]).all(axis=(1, 2, 3))
 
 
-def reasons(facts: Facts, *, num_expected: int, num_classes: int = 0, labels: str = "") -> list[str]:
+def reasons(facts: Facts, *, num_expected: int, num_classes: int = 0, labels: str = "",
+            num_rejected: int = 0) -> list[str]:
     """Why a set of images gives no metrics, each with what to look for; empty where it does.
 
     Args:
         num_expected: images that there must be.
         num_classes: of the model; 0 without labels.
+        num_rejected: further ones that could not be read.
         labels: how they were given: `random`, `balanced`, or empty where they may be anything.
     """
     count, found = len(facts.labels), []
     if count != num_expected:
         found.append(f"{count} images, but {num_expected} were asked for; delete the chunks that are short")
+    if num_rejected > MAX_SHARE * (count + num_rejected):
+        found.append(f"{num_rejected} of {count + num_rejected} pictures could not be read; mend or remove them")
     if not count:
         return found
     if not facts.finite.all():

@@ -34,6 +34,8 @@ class Summary:
     features: np.ndarray  # (n, D) float32, of all pictures or those asked for
     logits: np.ndarray | None  # (N, num_classes) float32
     facts: gate.Facts
+    num_rejected: int
+    """Pictures that there should have been too."""
     halves: tuple[FeatureStatistics, FeatureStatistics]
     """Pool features of every other picture, from the first and from the second on."""
 
@@ -48,11 +50,11 @@ def summarise(chunks: Iterable[Chunk], chosen: np.ndarray | None = None) -> Summ
     """Sum up chunks, in index order, holding one at a time.
 
     Args:
-        chosen: indices of the pictures whose features are kept; None keeps all.
+        chosen: indices of the pictures whose features are kept, without logits: of real images; None keeps all.
     Raises ValueError without any.
     """
     halves: tuple[FeatureStatistics, ...] = ()
-    spatial, features, logits, facts, count = None, [], [], [], 0
+    spatial, features, logits, facts, count, num_rejected = None, [], [], [], 0, 0
     for chunk in chunks:
         if not halves:
             halves = tuple(FeatureStatistics(chunk.pool.shape[1]) for _ in range(2))
@@ -63,14 +65,15 @@ def summarise(chunks: Iterable[Chunk], chosen: np.ndarray | None = None) -> Summ
         if spatial is not None:
             spatial.update(chunk.spatial[good])
         features.append(chunk.pool if chosen is None else chunk.pool[np.isin(places, chosen)])
-        logits.append(chunk.logits)
+        logits.append(chunk.logits if chosen is None else None)
+        num_rejected += int(chunk.num_rejected[0])
         facts.append(chunk.facts)
         count += len(chunk.pool)
     if not count:
         raise ValueError("no pictures to measure")
     pool = FeatureStatistics(halves[0].num_features).merge(halves[0]).merge(halves[1])
     return Summary(num_images=count, pool=pool, spatial=spatial, features=np.concatenate(features), facts=gate.joined(facts),
-                   logits=None if logits[0] is None else np.concatenate(logits), halves=halves)
+                   logits=None if logits[0] is None else np.concatenate(logits), num_rejected=num_rejected, halves=halves)
 
 
 def compare(samples: Summary, reference: Reference, reference_features: np.ndarray | None, extractor: str,

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import pyarrow as pa
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import EvaluateConfig, SamplingConfig, require
 from mdt_ray.data import arrays, picture_sets
+from mdt_ray.data.picture_sets import PictureSet
 from mdt_ray.evaluation import chunks, extractors, gate, reference, results
 from mdt_ray.evaluation.reference import Reference
 from mdt_ray.evaluation.results import Summary
@@ -56,14 +58,19 @@ class Plan:
         return [uri for uri, _, _ in chunk_ranges(self.config.output, self.config.num_samples, self.config.chunk_size)]
 
 
-def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
-    """Resolve checkpoint or samples, reference and identity. Raises ValueError for what is missing or does not fit."""
+def plan(config: EvaluateConfig, reference_root: str | None = None, known: dict[Any, Any] | None = None) -> Plan:
+    """Resolve checkpoint or samples, reference and identity. Raises ValueError for what is missing or does not fit.
+
+    `known` keeps for the next call what takes long: lists of pictures, and hashes of weights.
+    """
+    known = {} if known is None else known
     config = dataclasses.replace(config, output=storage.absolute(config.output), samples=place(config.samples),
                                  reference=place(config.reference),
                                  extractor_weights=absolute_weights(config.extractor_weights),
                                  latents=config.latents and storage.absolute(config.latents))
     require(bool(config.checkpoint or config.samples), "checkpoint", "", "not given; name one, or pictures by --samples")
-    weights_hash = extractors.weights_hash(config.extractor, config.extractor_weights)
+    require(bool(config.reference), "reference", "", "not given; name real images, or statistics of them (.npz)")
+    weights_hash = _once(known, extractors.weights_hash, config.extractor, config.extractor_weights)
     facts, samples = {}, None
     if config.checkpoint:
         checkpoint, sampling, inputs = resolve(config.checkpoint, config.sampling)
@@ -71,18 +78,24 @@ def plan(config: EvaluateConfig, reference_root: str | None = None) -> Plan:
         config = dataclasses.replace(config, checkpoint=checkpoint, sampling=sampling)
         image_size = facts["image_size"]
     else:
-        samples = _given_samples(config)
+        samples = _given_samples(config, _once(known, picture_sets.open_pictures, config.samples))
         image_size, inputs = samples.image_size, {"samples": samples.pictures.fingerprint}
     chunks.check_extractor(config.extractor, image_size)
-    measured, statistics = _reference(config, image_size, weights_hash, storage.absolute(reference_root or config.output))
+    root = storage.absolute(reference_root or config.output)
+    measured, statistics = _reference(config, image_size, weights_hash, root, known)
     hashes = [measured and measured.fingerprint(weights_hash), statistics and arrays.fingerprint(statistics.uri)]
     inputs |= {"reference": config_io.fingerprint(hashes), "extractor": weights_hash, "format": chunks.FORMAT}
     return Plan(config=config, run=run_folder.describe("evaluate", config, inputs), facts=facts, inputs=inputs,
                 samples=samples, reference=measured, statistics=statistics)
 
 
-def _given_samples(config: EvaluateConfig) -> Measurement:
-    pictures = picture_sets.open_pictures(config.samples)
+def _once(known: dict[Any, Any], function: Callable[..., Any], *arguments: Any) -> Any:
+    if (function, *arguments) not in known:
+        known[(function, *arguments)] = function(*arguments)
+    return known[(function, *arguments)]
+
+
+def _given_samples(config: EvaluateConfig, pictures: PictureSet) -> Measurement:
     if config.num_samples > pictures.num_images:
         raise ValueError(f"num_samples = {config.num_samples}: {config.samples} holds {pictures.num_images} pictures; use "
                          f"--num-samples {pictures.num_images}")
@@ -91,17 +104,17 @@ def _given_samples(config: EvaluateConfig) -> Measurement:
                        num_images=config.num_samples, num_kept=config.keep_images)
 
 
-def _reference(config: EvaluateConfig, image_size: int, weights_hash: str,
-               root: str) -> tuple[Measurement | None, Reference | None]:
+def _reference(config: EvaluateConfig, image_size: int, weights_hash: str, root: str,
+               known: dict[Any, Any]) -> tuple[Measurement | None, Reference | None]:
     """The reference's pictures to be measured, and its statistics where it brings them."""
     statistics = None
     if storage.base(config.reference).endswith(".npz") and reference.is_statistics(config.reference):
-        statistics = reference.read_reference(config.reference)
+        statistics = _once(known, reference.read_reference, config.reference)
         reference.check_fits(statistics, extractor=config.extractor, weights_hash=weights_hash,
                              transform=extractors.transform(config.extractor), image_size=image_size)
         if not statistics.has_images:
             return None, statistics
-    pictures = picture_sets.open_pictures(config.reference)
+    pictures = _once(known, picture_sets.open_pictures, config.reference)
     if pictures.image_size not in (None, image_size):
         raise ValueError(f"reference = {config.reference!r}: has pictures of {pictures.image_size} pixels, but the samples "
                          f"have {image_size}; take a reference of that size")
@@ -124,6 +137,7 @@ def resolve(checkpoint: str, sampling: SamplingConfig) -> tuple[str, SamplingCon
         guide = checkpoints.resolve(storage.absolute(sampling.guide))
         check_weights(guide, sampling.guide_weights)
         check_guide(storage.read_json(storage.join(checkpoint, "state.json")), guide)
+        require(sampling.cfg_scale != 1, "sampling.guide", sampling.guide, "has no effect with cfg_scale = 1")
         sampling, inputs["guide"] = dataclasses.replace(sampling, guide=guide), _hash_of(guide)
     return checkpoint, sampling, inputs
 
@@ -147,17 +161,20 @@ def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = No
     Raises ValueError as `plan`, and if an output holds another run or has another writer.
     """
     root = reference_root or configs[0].output
-    wholes = [plan(config, root) for config in configs]
-    parts = {p.config.output: _ranges(p, root) for p in wholes}
+    known: dict[Any, Any] = {}
+    wholes = [plan(config, root, known) for config in configs]
+    parts = {p.config.output: _ranges(p, root, known) for p in wholes}
     for p in [*wholes, *(part for of in parts.values() for part in of)]:
         run_folder.check_identity(p.config.output, p.run)
-    todo = [p for p in wholes if not _finished(p)]
+    todo = [p for p in wholes if not all(map(_finished, [p, *parts[p.config.output]]))]
     with contextlib.ExitStack() as stack:
         for p in todo:
             if pool:
                 stack.enter_context(run_folder.claim(p.config.output, p.run))
             else:
                 run_folder.record(p.config.output, p.run)
+            for folder in {storage.join(part.config.output, "chunks") for part in parts[p.config.output]}:
+                storage.clear_leftovers(folder)
         missing = [part for p in todo for part in parts[p.config.output] if not _finished(part)]
         started = time.perf_counter()
         busy = _run_missing(missing, pool)
@@ -171,19 +188,26 @@ def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = No
     return [_found(p) for p in wholes]
 
 
-def _ranges(whole: Plan, root: str) -> list[Plan]:
+def _ranges(whole: Plan, root: str, known: dict[Any, Any]) -> list[Plan]:
     """One evaluation for each range of seeds; the plan itself where there is one."""
     config = whole.config
     if config.num_seed_ranges == 1:
         return [whole]
     seeds = range(config.seed, config.seed + config.num_seed_ranges * config.num_samples, config.num_samples)
     return [plan(dataclasses.replace(config, seed=seed, num_seed_ranges=1,
-                                     output=storage.join(config.output, f"seeds-{seed}")), root) for seed in seeds]
+                                     output=storage.join(config.output, f"seeds-{seed}")), root, known)
+            for seed in seeds]
 
 
 def _finished(p: Plan) -> bool:
-    names = [METRICS, NEIGHBOURS] if p.config.latents and p.config.num_seed_ranges == 1 else [METRICS]
-    return all(storage.exists(storage.join(p.config.output, name)) for name in names)
+    """Whether the metrics are there, and computed as asked for now: some settings need no other chunks."""
+    if not storage.exists(storage.join(p.config.output, METRICS)):
+        return False
+    found, config = _found(p), p.config
+    asked = {"adm_float16": config.adm_float16, "num_seed_ranges": config.num_seed_ranges}
+    searched = (found.get("memorisation") or {}).get("latents", "")
+    return all(found.get(key) == value for key, value in asked.items()) and (
+        config.num_seed_ranges > 1 or config.latents in ("", searched))
 
 
 def _found(p: Plan) -> dict[str, Any]:
@@ -211,7 +235,8 @@ def _write_metrics(p: Plan, compared: dict[str, tuple[Reference, Summary | None]
         compared[p.inputs["reference"]] = _compared(p)
     statistics, real = compared[p.inputs["reference"]]
     if real is not None:
-        wrong += [f"the reference: {reason}" for reason in gate.reasons(real.facts, num_expected=real.num_images)]
+        wrong += [f"the reference: {reason}" for reason in gate.reasons(real.facts, num_expected=real.num_images,
+                                                                        num_rejected=real.num_rejected)]
     if wrong:
         raise ValueError(f"{config.output}: these images give no metrics:\n  " + "\n  ".join(wrong))
     values, intervals = results.compare(samples, statistics, real and real.features, config.extractor, config.adm_float16)
@@ -227,7 +252,7 @@ def _memorisation(p: Plan) -> dict[str, Any] | None:
     drawn = chunks.kept_latents(p.sample_uris, p.config.keep_images)
     numbers, picture = memorisation(drawn, pictures, p.config.latents, load_decoder(p.facts))
     storage.write_bytes(storage.join(p.config.output, NEIGHBOURS), picture)
-    return numbers
+    return {"latents": p.config.latents} | numbers
 
 
 def _compared(p: Plan) -> tuple[Reference, Summary | None]:
@@ -248,23 +273,33 @@ def _description(p: Plan, statistics: Reference, real: Summary | None) -> dict[s
         "labels": config.labels if drawn else None,
         "sampling": vars(config.sampling) if drawn else None, "precision": config.precision if drawn else None,
         "extractor": config.extractor, "extractor_hash": p.inputs["extractor"],
-        "transform": extractors.transform(config.extractor), "adm_float16": config.adm_float16,
+        "transform": extractors.transform(config.extractor), "adm_float16": config.adm_float16, "num_seed_ranges": 1,
+        "compile": config.compile if drawn else None, "chunk_size": config.chunk_size,
+        "sample_batch_size": config.sample_batch_size if drawn else None,
+        "device": "cuda" if config.workers.gpus_per_worker else "cpu",
         "samples": None if drawn else {"uri": config.samples, "hash": p.inputs["samples"]},
         "checkpoint": {"uri": config.checkpoint, "hash": p.inputs["checkpoint"], "step": p.facts["step"]} if drawn else None,
         "guide": {"uri": config.sampling.guide, "hash": p.inputs["guide"]} if config.sampling.guide else None,
         "vae": p.facts.get("vae"),
-        "reference": {"source": config.reference, "hash": p.inputs["reference"],
-                      "num_images": statistics.facts["num_images"]} | halves,
+        "reference": {"source": config.reference, "hash": _hash_of_reference(p),
+                      "num_images": statistics.facts["num_images"],
+                      "num_rejected": real.num_rejected if real else 0} | halves,
         "run": p.run["name"], "versions": p.run["versions"],
     }
+
+
+def _hash_of_reference(p: Plan) -> str:
+    """Of its content alone, however it is cut."""
+    return arrays.fingerprint(p.statistics.uri)[:16] if p.statistics else p.reference.pictures.fingerprint
 
 
 def _write_ranges(p: Plan, parts: list[Plan]) -> None:
     found = [_found(part) for part in parts]
     over = results.over_ranges([f["metrics"] for f in found])
-    _write(p, found[0] | {"metrics": over.pop("mean"), "intervals": {}, "ranges": over, "num_seed_ranges": len(parts),
-                          "seed": p.config.seed, "run": p.run["name"], "seconds": sum(f["seconds"] for f in found),
-                          "seeds": [{"seed": f["seed"], "metrics": f["metrics"]} for f in found]})
+    each = [{key: f[key] for key in ("seed", "metrics", "intervals", "memorisation")} for f in found]
+    _write(p, found[0] | {"metrics": over.pop("mean"), "intervals": {}, "memorisation": None, "ranges": over, "seeds": each,
+                          "num_seed_ranges": len(parts), "seed": p.config.seed, "run": p.run["name"],
+                          "seconds": sum(f["seconds"] for f in found)})
 
 
 def _write(p: Plan, found: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ A worker class is built once per actor and called with one item at a time; it wr
 a small row. An actor that dies is replaced and its item given to another, so a chunk may be written twice, with equal bytes.
 """
 
+import dataclasses
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -44,6 +45,9 @@ class Stage(NamedTuple):
     arguments: tuple
     workers: WorkersConfig
     """Size of the pool and what an actor takes."""
+    reserves: bool = True
+    """False: it has little to do, and takes CPUs (not GPUs) from those that reserve them. The pools before it would not wait
+    for its actors, and what they make would pile up."""
 
 
 def run_chunks(items: list[dict[str, Any]], worker: type, arguments: tuple, workers: WorkersConfig,
@@ -63,14 +67,16 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
     """
     if not items:
         return
-    session.require_pools([(min(stage.workers.num_workers, len(items)), stage.workers) for stage in stages])
     data = ray.data.from_items(items, override_num_blocks=len(items))
-    for worker, arguments, workers in stages:
-        pool = ActorPoolStrategy(size=min(workers.num_workers, len(items)),
+    for worker, arguments, workers, reserves in stages:
+        workers = dataclasses.replace(workers, num_workers=min(workers.num_workers, len(items)))
+        if reserves or workers.gpus_per_worker:
+            session.require_room(workers)
+        pool = ActorPoolStrategy(size=workers.num_workers,
                                  max_tasks_in_flight_per_actor=calls_per_worker + 1,
                                  max_concurrent_calls_per_actor=calls_per_worker, enable_true_multi_threading=True)
         data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments), batch_size=1, compute=pool,
-                                num_cpus=workers.cpus_per_worker if not workers.gpus_per_worker else None,
+                                num_cpus=None if workers.gpus_per_worker else workers.cpus_per_worker * reserves,
                                 num_gpus=workers.gpus_per_worker or None)
     try:
         for row in data.iter_rows():

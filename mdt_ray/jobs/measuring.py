@@ -78,8 +78,8 @@ def missing_items(measurements: list[Measurement]) -> tuple[list[dict[str, Any]]
 
 
 def is_there(uri: str, sizes: dict[str, int]) -> bool:
-    """Whether a file is in a folder's listing."""
-    return storage.base(uri).rpartition("/")[2] in sizes
+    """Whether a file is in a folder's listing, and not empty."""
+    return sizes.get(storage.base(uri).rpartition("/")[2], 0) > 0
 
 
 def measure_missing(measurements: list[Measurement], workers: WorkersConfig, pool: bool, title: str) -> None:

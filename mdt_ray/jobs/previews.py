@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from mdt_ray import checkpoints, config_io, storage
 from mdt_ray.config import EvaluateConfig, TrainConfig
-from mdt_ray.data import sources
+from mdt_ray.data import picture_sets
 from mdt_ray.evaluation import chunks
 from mdt_ray.inference.sampler import Sampler, labels_of
 from mdt_ray.interrupts import Stopped, Wish
@@ -36,7 +36,7 @@ COLUMNS = 8
 def check(config: TrainConfig) -> None:
     """Raise ValueError where the previews that are asked for could not be made."""
     if config.sample_every_steps and config.samples.reference:
-        sources.open_source(config.samples.reference)
+        picture_sets.check(config.samples.reference)
 
 
 class Previews:
@@ -108,9 +108,7 @@ def _preview(plain: dict[str, Any], step: int) -> dict[str, float]:
 
 def _measured(judged: EvaluateConfig, config: TrainConfig) -> tuple[np.ndarray, dict[str, float]]:
     found = evaluate_many([judged], storage.join(config.output, SAMPLES), pool=False)[0]
-    folder = storage.join(judged.output, "chunks")
-    uris = [storage.join(folder, name) for name in storage.list_names(folder)]
-    return chunks.kept_images(uris, judged.keep_images)[0], found["metrics"]
+    return chunks.kept_images(chunks.uris_of(judged), judged.keep_images)[0], found["metrics"]
 
 
 def _drawn(judged: EvaluateConfig) -> np.ndarray:

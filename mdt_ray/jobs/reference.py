@@ -37,6 +37,7 @@ def reference(config: ReferenceConfig, pool: bool = True) -> str:
     run_folder.check_identity(config.output, run)
     target = storage.join(config.output, REFERENCE)
     if storage.exists(target):
+        storage.remove(storage.join(config.output, "chunks"))  # a run that was killed at its very end leaves them
         return target
     with run_folder.claim(config.output, run):
         measure_missing([measured], config.workers, pool, "reference")
@@ -50,7 +51,7 @@ def reference(config: ReferenceConfig, pool: bool = True) -> str:
                 yield chunk
 
         summary = results.summarise(read(), chosen=np.empty(0, dtype=np.int64))
-        wrong = gate.reasons(summary.facts, num_expected=summary.num_images)
+        wrong = gate.reasons(summary.facts, num_expected=summary.num_images, num_rejected=summary.num_rejected)
         if wrong:
             raise ValueError(f"{config.source}: these images give no statistics:\n  " + "\n  ".join(wrong))
         facts = {"extractor": config.extractor, "weights_hash": weights_hash,

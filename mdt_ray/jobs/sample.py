@@ -17,6 +17,7 @@ from mdt_ray import run_folder, storage
 from mdt_ray.config import SampleConfig
 from mdt_ray.inference import labels as names
 from mdt_ray.inference.sampler import Sampler, labels_of
+from mdt_ray.jobs import session
 from mdt_ray.jobs.evaluate import resolve
 from mdt_ray.report import figures
 from mdt_ray.training.run import autocast_dtype
@@ -43,6 +44,7 @@ def sample(config: SampleConfig) -> str:
         return grid
     with run_folder.claim(config.output, run):
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        session.full_float32()
         dtype = autocast_dtype(config.precision, torch.device(device))
         sampler = Sampler(checkpoint, sampling, device, dtype, config.compile)
         if classes:

@@ -3,7 +3,6 @@
 import atexit
 import logging
 import os
-from collections.abc import Sequence
 
 import ray
 
@@ -69,19 +68,6 @@ def require_room(workers: WorkersConfig) -> None:
                 f"{have.get('GPU', 0):g} GPUs)", "use fewer or smaller ones")
 
 
-def require_pools(pools: Sequence[tuple[int, WorkersConfig]]) -> None:
-    """Raise ValueError where this machine's Ray never holds so many actors of each kind together and would wait for ever;
-    a warning on a cluster."""
-    have = ray.cluster_resources()
-    for name, field in (("CPU", "cpus_per_worker"), ("GPU", "gpus_per_worker")):
-        # (An actor with a GPU reserves no CPU.)
-        need = sum(n * getattr(w, field) for n, w in pools if name == "GPU" or not w.gpus_per_worker)
-        if need > have.get(name, 0) + 1e-6:
-            counts = " + ".join(str(n) for n, _ in pools)
-            _refuse(f"workers: the job's {counts} actors take {need:g} {name}s, but Ray has {have.get(name, 0):g}",
-                    "use fewer or smaller ones")
-
-
 def _refuse(text: str, remedy: str) -> None:
     if os.environ.get("RAY_ADDRESS"):
         logger.warning("%s; waiting for more nodes", text)
@@ -97,6 +83,13 @@ def settle(workers: WorkersConfig, deterministic: bool = False) -> str:
 
     torch.set_num_threads(max(1, int(workers.cpus_per_worker)))
     return "cuda" if workers.gpus_per_worker else "cpu"
+
+
+def full_float32() -> None:
+    """In a worker process: fp32 means fp32. cuDNN's convolutions would take TF32 by default."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def environment() -> dict[str, str]:

@@ -4,6 +4,7 @@ the chunk's file.
 An item is a small dict, its arrays travel as safetensors bytes. The same item gives the same bytes, whoever works on it.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -27,9 +28,9 @@ from mdt_ray.training.run import autocast_dtype
 
 ARRAYS = "arrays"
 SHARE = 0.1
-"""Of a sampler's GPU, that its decoder and its feature network take each: they have far less to do."""
+"""Of a GPU, for all decoders together, and for all feature networks: a sampler fits beside them, wherever they are."""
 SAMPLERS_PER_HELPER = 4
-"""Samplers on CPUs that one decoder and one feature network keep up with."""
+"""Samplers that one decoder and one feature network keep up with: these call a network once, samplers hundreds of times."""
 
 
 class Draw:
@@ -43,6 +44,7 @@ class Draw:
         self.read = Read(handed)
         self.configs = [config_io.from_dict(EvaluateConfig, p) for p in plain]
         self.device = torch.device(session.settle(WorkersConfig(**workers)))
+        session.full_float32()
         self.mailbox = mailbox
         self.networks = functools.lru_cache(maxsize=1)(self._networks)
 
@@ -81,7 +83,7 @@ class Decode:
     def __init__(self, plain: list[dict[str, Any]], workers: dict[str, Any]):
         self.configs = [config_io.from_dict(EvaluateConfig, p) for p in plain]
         self.device = session.settle(WorkersConfig(**workers))
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+        session.full_float32()
         self.vae = functools.cache(lambda uri: load_decoder(storage.read_json(storage.join(uri, "state.json")), self.device))
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
@@ -102,9 +104,9 @@ class Read:
         self.handed = handed
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        pictures, labels = read_range(self.handed[item["plan"]], item["start"], item["stop"], item["chunk_size"],
-                                      item["image_size"], item["exact"])
-        return item | _packed(pictures=pictures, labels=labels)
+        pictures, labels, num_rejected = read_range(self.handed[item["plan"]], item["start"], item["stop"],
+                                                    item["chunk_size"], item["image_size"], item["exact"])
+        return item | _packed(pictures=pictures, labels=labels) | {"num_rejected": num_rejected}
 
 
 class Measure:
@@ -121,28 +123,24 @@ class Measure:
         kept = kept[kept < len(arrays["pictures"])]
         extractor = self.extractor(item["extractor"], item["extractor_weights"])
         chunks.write_chunk(item["uri"], chunks.measure(extractor, arrays["pictures"], arrays["labels"], kept,
-                                                       arrays.get("latents")))
+                                                       arrays.get("latents"), item.get("num_rejected", 0)))
         return item | {"num_images": item["stop"] - item["start"]}
 
 
 def drawing(plain: list[dict[str, Any]], handed: list[dict[str, Any]], workers: WorkersConfig,
             mailbox: Any = None) -> list[Stage]:
-    """The stages of drawn pictures, and of those to compare them with.
-
-    On a GPU each sampler comes with a decoder and a feature network of its own.
-    """
-    own, helper = workers, _helper(workers)
-    if workers.gpus_per_worker:
-        own = WorkersConfig(num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker,
-                            gpus_per_worker=workers.gpus_per_worker * (1 - 2 * SHARE))
-    return [Stage(Draw, (plain, handed, vars(own), mailbox), own), Stage(Decode, (plain, vars(helper)), helper),
-            Stage(Measure, (vars(helper),), helper)]
+    """The stages of drawn pictures, and of those to compare them with. On GPUs samplers leave a fifth to the others."""
+    count = math.ceil(workers.num_workers / SAMPLERS_PER_HELPER)
+    helper = dataclasses.replace(workers, num_workers=count, gpus_per_worker=workers.gpus_per_worker * SHARE / count)
+    own = dataclasses.replace(workers, gpus_per_worker=workers.gpus_per_worker * (1 - 2 * SHARE))
+    return [Stage(Draw, (plain, handed, vars(own), mailbox), own), Stage(Decode, (plain, vars(helper)), helper, False),
+            Stage(Measure, (vars(helper),), helper, False)]
 
 
 def reading(handed: list[dict[str, Any]], workers: WorkersConfig) -> list[Stage]:
-    """The stages of pictures that exist: the feature networks have the workers' devices, readers a CPU for each."""
-    readers = WorkersConfig(num_workers=workers.num_workers, cpus_per_worker=0.5)
-    return [Stage(Read, (handed,), readers), Stage(Measure, (vars(workers),), workers)]
+    """The stages of pictures that exist: the feature networks have the workers' devices, and a reader each."""
+    readers = WorkersConfig(num_workers=workers.num_workers)
+    return [Stage(Read, (handed,), readers, False), Stage(Measure, (vars(workers),), workers)]
 
 
 def here(stages: list[Stage], items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -152,14 +150,6 @@ def here(stages: list[Stage], items: list[dict[str, Any]]) -> Iterator[dict[str,
         for work in workers:
             item = work(item)
         yield item
-
-
-def _helper(workers: WorkersConfig) -> WorkersConfig:
-    if workers.gpus_per_worker:
-        return WorkersConfig(num_workers=workers.num_workers, cpus_per_worker=workers.cpus_per_worker,
-                             gpus_per_worker=workers.gpus_per_worker * SHARE)
-    return WorkersConfig(num_workers=math.ceil(workers.num_workers / SAMPLERS_PER_HELPER),
-                         cpus_per_worker=min(0.5, workers.cpus_per_worker))
 
 
 def _batches(tensor: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:

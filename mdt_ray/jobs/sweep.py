@@ -21,7 +21,7 @@ from mdt_ray.report import figures
 
 RESULTS = "results.json"
 KEYS = ("weights", "num_sampling_steps", "cfg_scale", "cfg_power", "cfg_interval")
-"""What is varied; weights first, so that an actor meets those of one kind in a row."""
+"""What is varied."""
 
 
 def settings_of(config: SweepConfig) -> list[SamplingConfig]:
@@ -36,7 +36,7 @@ def settings_of(config: SweepConfig) -> list[SamplingConfig]:
         if changes["cfg_scale"] == 1:
             changes |= {"cfg_power": 0.0, "cfg_interval": None, "guide": ""}
         found[dataclasses.replace(base, **changes)] = None
-    return list(found)
+    return sorted(found, key=lambda s: (values[0].index(s.weights), bool(s.guide)))  # an actor holds one set of networks
 
 
 def sweep(config: SweepConfig) -> dict[str, Any]:

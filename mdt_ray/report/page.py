@@ -71,22 +71,28 @@ def write(config: QuickstartConfig, evaluations: dict[str, EvaluateConfig], resu
 
 def _headline(config: QuickstartConfig, guided: dict, unguided: list[dict]) -> str:
     name = guided["extractor"]
-    halves = guided["reference"][f"fid_{name}_between_halves"]
     fid, accuracy = (metric_name(metric, name, guided["num_samples"]) for metric in ("fid", "label_accuracy"))
     first, last = unguided[0]["metrics"][fid], unguided[-1]["metrics"][fid]
-    cards = [
-        (f"{guided['metrics'][accuracy]:.1%}",
-         f"of {guided['num_samples']} samples are read as the label asked for, "
-         f"at guidance {guided['sampling']['cfg_scale']:g}"),
-        (f"{last:.4g}", f"{fid}, unguided, step {unguided[-1]['checkpoint']['step']}"),
-        (f"{first:.4g}", f"{fid} at step {unguided[0]['checkpoint']['step']}"),
-        (f"{halves:.4g}", f"fid_{name} between two halves of the real images"),
-    ]
+    cards = [(f"{last:.4g}", f"{fid}, unguided, step {unguided[-1]['checkpoint']['step']}"),
+             (f"{first:.4g}", f"{fid} at step {unguided[0]['checkpoint']['step']}")]
+    if accuracy in guided["metrics"]:
+        cards.insert(0, (f"{guided['metrics'][accuracy]:.1%}",
+                         f"of {guided['num_samples']} samples are read as the label asked for, "
+                         f"at guidance {guided['sampling']['cfg_scale']:g}"))
+    if (halves := _halves(guided)) is not None:
+        cards.append((f"{halves[1]:.4g}", f"fid_{name} between {halves[0]}"))
+    other = "" if name == "inception" else ", not Inception's"
     cells = "".join(f'<div class="card"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for value, label in cards)
     return (f"<h1>Masked Diffusion Transformer: {_text(config.output.rstrip('/').rpartition('/')[2])}</h1>"
             f'<p class="muted">From images to metrics: latents, training, a sweep and samples, all on Ray. '
-            f"The metrics are in the features of the <i>{_text(name)}</i> network, not Inception's.</p>"
+            f"The metrics are in the features of the <i>{_text(name)}</i> network{other}.</p>"
             f'<div class="cards">{cells}</div>')
+
+
+def _halves(result: dict) -> tuple[str, float] | None:
+    """The distance that a perfect sampler would score, where the reference was measured here."""
+    value = result["reference"].get(f"fid_{result['extractor']}_between_halves")
+    return None if value is None else ("two halves of the real images", value)
 
 
 def _samples(config: QuickstartConfig, evaluation: EvaluateConfig, result: dict) -> str:
@@ -120,7 +126,7 @@ def _training(config: QuickstartConfig, unguided: list[dict]) -> str:
     distance = figures.curves(
         {f"{fid}, unguided": ([r["checkpoint"]["step"] for r in unguided], [r["metrics"][fid] for r in unguided])},
         "step", fid, log=True,
-        level=("two halves of the real images", unguided[-1]["reference"][f"fid_{name}_between_halves"]))
+        level=_halves(unguided[-1]))
     last = rows[-1]
     return _section("Training", f"{last['step']} steps, {last['images_seen']:,} images, "
                     f"{last['images_per_second']:.0f} images/s at the end, {last['skipped_steps']} steps skipped.",
@@ -187,8 +193,7 @@ def _reproduce(config: QuickstartConfig, guided: dict) -> str:
 
 
 def _kept(evaluation: EvaluateConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
-    folder = storage.join(evaluation.output, "chunks")
-    return chunks.kept_images([storage.join(folder, name) for name in storage.list_names(folder)], count)
+    return chunks.kept_images(chunks.uris_of(evaluation), count)
 
 
 def _real_images(config: QuickstartConfig, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from mdt_ray import storage
 from mdt_ray.config import EvaluateConfig, SamplingConfig, VaeConfig
-from mdt_ray.data import images, picture_sets, readers
+from mdt_ray.data import images, listings, readers, sources
 from mdt_ray.data.vae import Vae, load_vae
 from mdt_ray.evaluation import chunks, results
 from mdt_ray.evaluation.digits import load_digits_features
@@ -126,7 +126,7 @@ def test_guides_and_intervals(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"sampling.cfg_interval = \(5, 1000\): must be two timesteps, the smaller first"):
         dataclasses.replace(SAMPLING, cfg_interval=(5, 1000))
     with pytest.raises(ValueError, match="has no effect with cfg_scale = 1"):
-        dataclasses.replace(SAMPLING, guide=other, cfg_scale=1.0)
+        plan(evaluation(checkpoint, tmp_path, sampling=dataclasses.replace(SAMPLING, guide=other, cfg_scale=1.0)))
 
 
 def test_an_evaluation_names_its_guide(checkpoint, tmp_path):
@@ -176,9 +176,8 @@ def test_a_finished_evaluation_is_read_and_a_missing_chunk_made_again(checkpoint
 
 
 def test_real_images_score_as_themselves():
-    digits = picture_sets.open_pictures("digits")
-    source = digits.source
-    piece = readers.read_few(source.folder, source.kind, digits.listing.table.slice(0, 600))
+    source = sources.open_source("digits")
+    piece = readers.read_few(source.folder, source.kind, listings.list_images(source).table.slice(0, 600))
     pictures, labels = images.decode_piece(piece, 32).images, np.array(piece.labels, dtype=np.int64)
     real = chunks.measure(load_digits_features(), pictures, labels, np.arange(10))
     assert np.array_equal(real.images, pictures[:10])

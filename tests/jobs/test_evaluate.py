@@ -14,7 +14,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from mdt_ray import cli, storage
 from mdt_ray.config import EvaluateConfig, ReferenceConfig, SamplingConfig, SweepConfig, WorkersConfig
-from mdt_ray.data import arrays, images, picture_sets, readers
+from mdt_ray.data import arrays, images, listings, readers, sources
 from mdt_ray.evaluation import chunks, metrics, results
 from mdt_ray.evaluation.digits import load_digits_features
 from mdt_ray.evaluation.inception import Inception
@@ -37,8 +37,8 @@ def checkpoint(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """The embedded pictures (N, 32, 32, 3) and their labels."""
-    found = picture_sets.open_pictures("digits")
-    piece = readers.read_few(found.source.folder, found.source.kind, found.listing.table)
+    source = sources.open_source("digits")
+    piece = readers.read_few(source.folder, source.kind, listings.list_images(source).table)
     return images.decode_piece(piece, 32).images, np.array(piece.labels, dtype=np.int64)
 
 
@@ -158,8 +158,6 @@ def test_distances_may_be_those_of_adm(files, digits, tmp_path):
                   for part in (digits[0][:100], digits[0][100:400]))
     assert (found["precision_digits_100"], found["recall_digits_100"]) == \
         metrics.precision_recall(real, made, adm_float16=True)
-    with pytest.raises(ValueError, match="adm_float16: True -> False"):
-        judged(tmp_path, **given)
 
 
 def test_the_plan_measures_all_parts(checkpoint, files, tmp_path, monkeypatch):
@@ -196,6 +194,35 @@ def test_ranges_of_seeds_give_mean_and_spread(checkpoint, tmp_path):
     assert found["ranges"]["std"][name] == pytest.approx(np.std([a[name] for a in alone], ddof=1))
     assert [s["seed"] for s in found["seeds"]] == [5, 45]
     assert sorted(p.name for p in (tmp_path / "ranges").glob("seeds-*")) == ["seeds-45", "seeds-5"]
+
+
+def test_what_needs_no_new_images_is_computed_again(checkpoint, tmp_path):
+    """Distances in float16 and further ranges of seeds, in a folder that is finished; a damaged chunk is made again."""
+    shared = {"checkpoint": checkpoint, "reference": "digits", "sampling": SAMPLING, "num_samples": 40}
+    first = judged(tmp_path, num_seed_ranges=2, **shared)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seeds-*/chunks/*")}
+    exact = judged(tmp_path, adm_float16=True, num_seed_ranges=2, **shared)
+    assert exact["adm_float16"]
+    more = judged(tmp_path, num_seed_ranges=3, **shared)
+    assert [s["metrics"] for s in more["seeds"]][:2] == [s["metrics"] for s in first["seeds"]]
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    (emptied,) = (tmp_path / "seeds-40" / "chunks").iterdir()
+    content = emptied.read_bytes()
+    emptied.write_bytes(b"")
+    (tmp_path / "seeds-40" / "metrics.json").unlink()
+    assert judged(tmp_path, num_seed_ranges=3, **shared)["metrics"] == more["metrics"]
+    assert emptied.read_bytes() == content
+
+
+def test_class_folders_are_measured_in_mixed_order(digits, files, tmp_path):
+    """As they lie they would be sorted by class, and the first hundred would be zeros."""
+    pictures, labels = digits
+    for i in range(600):
+        (tmp_path / "classes" / str(labels[i])).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pictures[i]).save(tmp_path / "classes" / str(labels[i]) / f"{i:05d}.png")
+    found = judged(tmp_path / "out", samples=str(tmp_path / "classes"), reference=files["reference"], num_samples=100)
+    assert found["metrics"]["is_digits_100"] > 5
+    assert "label_accuracy_digits_100" not in found["metrics"]
 
 
 def test_a_row_says_what_the_numbers_are_of(checkpoint, tmp_path):
@@ -298,18 +325,31 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(files, digits, che
             ({"samples": other_size, "num_samples": 10}, "reads 32x32 images, but these are 16x16"),
             ({"samples": oblong, "num_samples": 10}, "has pictures of 16 x 32 pixels, but they must be square"),
             ({"samples": ""}, "checkpoint = '': not given; name one, or pictures by --samples"),
-            ({"checkpoint": checkpoint}, "are measured without a checkpoint"),
+            ({"checkpoint": checkpoint}, "have no use for a checkpoint"),
+            ({"reference": ""}, "reference = '': not given; name real images, or statistics of them"),
+            ({"num_samples": 3}, "num_samples = 3: must be at least 4"),
             ({"extractor": "inception", "extractor_weights": str(tmp_path / "none.pth")}, "fetch them with: .*curl")):
         with pytest.raises(ValueError, match=message):
             judged(out, **{**shared, **changes})
     assert not out.exists()
 
 
+def test_a_reference_with_unreadable_pictures_is_refused(files, digits, tmp_path):
+    (tmp_path / "real").mkdir()
+    for i, picture in enumerate(digits[0][100:140]):
+        Image.fromarray(picture).save(tmp_path / "real" / f"{i}.png")
+    given = {"samples": files["npz"], "reference": str(tmp_path / "real"), "num_samples": 100}
+    assert judged(tmp_path / "whole", **given)["reference"]["num_rejected"] == 0
+    (tmp_path / "real" / "7.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="the reference: 1 of 40 pictures could not be read; mend or remove them"):
+        judged(tmp_path / "damaged", **given)
+
+
 def test_pictures_of_several_sizes_are_refused(files, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
-    for i, side in enumerate((32, 32, 31)):
+    for i, side in enumerate((32, 32, 31, 32)):
         Image.new("RGB", (side, side), (i, 0, 0)).save(folder / f"{i}.png")
     message = "2.png: has 31 x 31 pixels, the first picture 32 x 32; mend or remove it"
     with pytest.raises(ValueError, match=re.escape(message)):
-        judged(tmp_path / "out", samples=str(folder), reference=files["reference"], num_samples=3)
+        judged(tmp_path / "out", samples=str(folder), reference=files["reference"], num_samples=4)

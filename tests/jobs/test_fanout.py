@@ -46,12 +46,21 @@ class Adder:
 def test_actors_that_would_wait_for_ever_are_refused(ray_session):
     from mdt_ray.jobs import fanout
 
-    many = [fanout.Stage(Worker, (), WorkersConfig(num_workers=400)), fanout.Stage(Adder, (1,), WorkersConfig())]
-    with pytest.raises(ValueError, match=r"workers: the job's 300 \+ 1 actors take 301 CPUs, but Ray has \d+; use fewer"):
-        next(fanout.run_stages([{"what": "a", "number": i} for i in range(300)], many))
-    on_gpu = [fanout.Stage(Worker, (), WorkersConfig(gpus_per_worker=0.5))]
-    with pytest.raises(ValueError, match=r"take 0\.5 GPUs, but Ray has 0; use fewer"):
-        next(fanout.run_stages([{"what": "a", "number": 0}], on_gpu))
+    items = [{"what": "a", "number": i} for i in range(300)]
+    for workers, message in ((WorkersConfig(num_workers=400), r"num_workers = 300: .* Ray has room for \d+ .*; use fewer"),
+                             (WorkersConfig(gpus_per_worker=0.5), r"0\.5 GPUs each, Ray has room for 0")):
+        with pytest.raises(ValueError, match=message):
+            next(fanout.run_stages(items, [fanout.Stage(Worker, (), workers)]))
+
+
+def test_a_stage_that_reserves_nothing_runs_beside_others_that_take_all(ray_session):
+    import ray
+
+    from mdt_ray.jobs import fanout
+
+    all_cpus = WorkersConfig(cpus_per_worker=ray.cluster_resources()["CPU"])
+    stages = [fanout.Stage(Worker, (), all_cpus), fanout.Stage(Adder, (10,), WorkersConfig(), reserves=False)]
+    assert len(list(fanout.run_stages([{"what": "ab", "number": i} for i in range(3)], stages))) == 3
 
 
 def test_stages_hand_on_items_and_errors(ray_session):
