@@ -1,11 +1,11 @@
-"""The numeric side of an evaluation: Frechet distance, statistics, precision and recall, against plain NumPy and SciPy.
+"""An evaluation's figures: its numeric side against plain NumPy and SciPy; sampling; and what Ray costs it.
 
     python benchmarks/evaluate.py [--quick] [--only FIGURES]
 
 Features are made up: of 2,048 values, not negative, close to a 64-dimensional surface. Every measurement runs in a process
 of its own (its peak memory counts the interpreter and the inputs). Frechet distance and statistics take one thread and are
-timed by its processor, so that a busy machine matters little. FIGURES is a name of `PARTS`: to add figures, add a function
-there.
+timed by its processor, so that a busy machine matters little. FIGURES is a name of `PARTS`. `sampling` (sampling.py) and
+`overhead` (evaluate_overhead.py) take longer, so --quick leaves them out unless they are named.
 """
 
 import argparse
@@ -166,7 +166,21 @@ def plain_precision_recall(ref: np.ndarray, samples: np.ndarray, k: int = 3) -> 
     return float(inside[0].mean()), float(inside[1].mean())
 
 
-PARTS = {"frechet": frechet, "statistics": statistics_of_rows, "precision_recall": neighbourhoods}
+def sampling(quick: bool) -> dict[str, float]:
+    from sampling import measure  # here and below: the processes of others should not hold their libraries
+
+    return measure(quick)
+
+
+def overhead(quick: bool) -> dict[str, float]:
+    from evaluate_overhead import measure
+
+    return measure(quick)
+
+
+PARTS = {"frechet": frechet, "statistics": statistics_of_rows, "precision_recall": neighbourhoods, "sampling": sampling,
+         "overhead": overhead}
+LONG = ("sampling", "overhead")
 TASKS = {"frechet": both_forms, "merged": merged, "np.cov": stacked,
          "plain": functools.partial(two_sets, plain_precision_recall),
          "precision_recall": functools.partial(two_sets, precision_recall),
@@ -184,7 +198,8 @@ def main() -> None:
         found = TASKS[name](*counts)
         return print(json.dumps(found | {"peak_gb": peak_gb()}))
     figures: dict[str, float] = {}
-    for name in [arguments.only] if arguments.only else PARTS:
+    names = [name for name in PARTS if not (arguments.quick and name in LONG)]
+    for name in [arguments.only] if arguments.only else names:
         figures |= PARTS[name](arguments.quick)
     figures = {name: round(value, 3) for name, value in figures.items()}
     print(json.dumps({"name": "evaluate", "machine": platform.machine(), "figures": figures}))

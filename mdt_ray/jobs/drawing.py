@@ -50,13 +50,17 @@ def draw_missing(configs: list[EvaluateConfig], references: list[Measurement], w
 
 
 def _busy(rows: list[dict[str, Any]]) -> dict[str, float] | None:
-    """Of the samplers, from the begin of their first chunks to the end of their last: images/s, share of time in models."""
+    """images/s of all samplers, and the share of their time that they computed: each from the end of its first chunk, which
+    loads and compiles, to the end of its last. Of one that drew a single chunk, that one."""
     by_drawer: dict[str, list[dict[str, Any]]] = {}
-    rows = [row for row in rows if "drawer" in row]
-    if not rows:
-        return None
     for row in rows:
-        by_drawer.setdefault(row["drawer"], []).append(row)
-    elapsed = {drawer: max(r["ended"] for r in of) - min(r["began"] for r in of) for drawer, of in by_drawer.items()}
-    return {"images_per_second": sum(row["num_images"] for row in rows) / max(elapsed.values()),
-            "busy_share": sum(row["busy"] for row in rows) / sum(elapsed.values())}
+        if "drawer" in row:
+            by_drawer.setdefault(row["drawer"], []).append(row)
+    rate = busy = elapsed = 0.0
+    for drawn in by_drawer.values():
+        first, *later = sorted(drawn, key=lambda row: row["ended"])
+        counted, began = (later, first["ended"]) if later else ([first], first["began"])
+        seconds = counted[-1]["ended"] - began
+        rate += sum(row["num_images"] for row in counted) / seconds
+        busy, elapsed = busy + sum(row["busy"] for row in counted), elapsed + seconds
+    return {"images_per_second": rate, "busy_share": busy / elapsed} if by_drawer else None

@@ -1,15 +1,20 @@
 """Jobs with an object store as source and as target: a real server over HTTP, real processes, real kills."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from mdt_ray import storage
-from mdt_ray.config import PrecomputeConfig
+from mdt_ray.config import EvaluateConfig, PrecomputeConfig, ReferenceConfig
 from mdt_ray.data import latents
+from mdt_ray.data.sources import DIGITS
+from mdt_ray.jobs.evaluate import evaluate_many
 from mdt_ray.jobs.precompute import precompute
+from mdt_ray.jobs.reference import reference
 from tests import harness, s3
 from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
 from tests.helpers import make_latents
@@ -146,3 +151,27 @@ def test_a_store_that_is_down_is_an_error_that_says_so(tmp_path):
         storage.write_bytes(uri, b"there")
     with pytest.raises(OSError, match=r"x.bin.*: could not be written .*run the same command again"):
         storage.write_bytes(uri, b"gone")
+
+
+def test_an_evaluation_in_the_store_has_the_numbers_of_one_on_disk(store, tmp_path):
+    """Samples, reference statistics, weights and output: statistics are built there, and a lost chunk is made again."""
+    generator = np.random.default_rng(0)
+    for name, count in (("samples", 60), ("real", 90)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+    shutil.copy(DIGITS / "features.safetensors", tmp_path / "weights.safetensors")
+    store.upload(tmp_path, "evaluation")
+
+    def judge(at) -> dict:
+        made = reference(ReferenceConfig(source=at("real.npz"), output=at("statistics"), image_size=32, extractor="digits",
+                                         extractor_weights=at("weights.safetensors"), chunk_size=40), pool=False)
+        config = EvaluateConfig(samples=at("samples.npz"), reference=made, output=at("judged"), num_samples=60,
+                                chunk_size=25, extractor="digits", extractor_weights=at("weights.safetensors"))
+        first = evaluate_many([config], pool=False)[0]
+        storage.remove(at("judged/chunks/00000025.safetensors"))
+        storage.remove(at("judged/metrics.json"))
+        assert evaluate_many([config], pool=False)[0]["metrics"] == first["metrics"]
+        return first
+
+    there, here = judge(lambda name: store.uri(f"evaluation/{name}")), judge(lambda name: str(tmp_path / name))
+    assert there["metrics"] == here["metrics"]
+    assert there["reference"]["hash"] == here["reference"]["hash"]
