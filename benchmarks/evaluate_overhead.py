@@ -145,8 +145,8 @@ def measure(quick: bool, checkpoint: str = "", num_samples: int | None = None) -
         after = bare_cost(few, cores)
     rate, busy = found["samplers"]["images_per_second"], found["samplers"]["busy_share"]
     model, spent = (before[1] + after[1]) / 2, accountant.per_image(config.num_samples)
-    print(f"bare {before[0]:.1f} and {after[0]:.1f} images/s, {before[1] * 1e3:.2f} and {after[1] * 1e3:.2f} ms of processors "
-          f"an image; Ray {rate:.1f} images/s, {spent * 1e3:.2f} ms; samplers busy {busy:.1%}")
+    print(f"bare {before[0]:.1f} and {after[0]:.1f} images/s, {before[1] * 1e3:.2f} and {after[1] * 1e3:.2f} ms of "
+          f"processors an image; Ray {rate:.1f} images/s, {spent * 1e3:.2f} ms; samplers busy {busy:.1%}")
     print(" ".join(f"{name}={value:.5g}" for name, value in found["metrics"].items()))
     return {"overhead_share": 1 - model / spent * busy, "overhead_share_by_the_clock": 1 - 2 * rate / (before[0] + after[0]),
             "images_per_second": rate, "images_per_second_with_start": config.num_samples / wall,

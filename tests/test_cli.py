@@ -43,6 +43,12 @@ def test_a_wrong_command_line_ends_with_2(arguments, message, capsys):
     (["precompute", "--source", "{tmp}/none", "--output", "{tmp}/out"], "no such file or folder"),
     (["precompute", "digits", "--source", "{tmp}/latents", "--output", "{tmp}/out"], "has no column 'image'"),
     (["evaluate", "digits", "--checkpoint", "{tmp}/none", "--output", "{tmp}/out"], "neither a checkpoint nor a training"),
+    (["evaluate", "digits", "--checkpoint", "{tmp}/none", "--output", "{tmp}/out", "--reference", ""],
+     "--reference: not given"),
+    (["evaluate", "digits", "--samples", "{tmp}/none.npz", "--output", "{tmp}/out"], "none.npz"),
+    (["quickstart", "imagenet256-s-2", "--output", "{tmp}/out"], "evaluate.reference = '': not given; name real images"),
+    (["tune", "digits", "--output", "{tmp}/out", "--train.latents", "{tmp}/latents", "--evaluate.reference", ""],
+     "evaluate.reference = '': not given; name real images"),
     (["tune", "digits", "--output", "{tmp}/out", "--train.latents", "{tmp}/latents", "--space", "mask_ratio"],
      "no such search space; did you mean 'mask_ratio_decoder_depth'"),
 ])

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from mdt_ray import checkpoints, report, storage
-from mdt_ray.config import EvaluateConfig, QuickstartConfig
+from mdt_ray.config import EvaluateConfig, QuickstartConfig, require
 from mdt_ray.jobs import evaluate, precompute, train, tune
 
 STAGES = "stages.json"
@@ -28,6 +28,8 @@ def resolve(config: QuickstartConfig) -> QuickstartConfig:
 def quickstart(config: QuickstartConfig) -> str:
     """Run what is not finished yet; returns the path of the report page. Raises what the jobs raise."""
     config = resolve(config)
+    for name, judged in (("evaluate", config.evaluate), ("tune.evaluate", config.tune.evaluate)):
+        require(bool(judged.reference), f"{name}.reference", "", "not given; name real images, or statistics of them (.npz)")
     clock = _Clock(storage.join(config.output, STAGES))
     with clock.stage("precompute"):
         precompute.precompute(config.precompute)

@@ -24,7 +24,7 @@ from typing import Any
 import ray.tune
 
 from mdt_ray import config_io, run_folder, storage
-from mdt_ray.config import EvaluateConfig, TrainConfig, TuneConfig
+from mdt_ray.config import EvaluateConfig, TrainConfig, TuneConfig, require
 from mdt_ray.data import latents
 from mdt_ray.evaluation import results
 from mdt_ray.jobs import evaluate as evaluating
@@ -81,6 +81,7 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
     if config.train.workers.num_workers != 1:
         raise ValueError(f"train.workers.num_workers = {config.train.workers.num_workers}: a trial is one process; "
                          "raise max_concurrent_trials instead")
+    require(bool(config.evaluate.reference), "evaluate.reference", "", "not given; name real images, or statistics of them")
     space = load_space(config.space)
     points = grid(space.space())
     manifest = latents.open_manifest(config.train.latents)
