@@ -3,11 +3,11 @@
     python benchmarks/evaluate_overhead.py [--quick] [--checkpoint RUN]
 
 Both draw, decode and measure the same images in as many single-threaded processes as there are cores: `bare` does so in a
-loop of its own, without Ray, files and streams; bare is measured before and after. Without a checkpoint, weights are random.
+loop of its own, without Ray, files and streams. Without a checkpoint, weights are random.
 
-`overhead_share` is what remains of all processors' time (the driver's, Ray's and the actors', in steady state) and of the
-samplers' own, when that of the bare processes for as many images is taken off. Processors' time, because a shared machine's
-clock tells the neighbours' load as well; of a --quick run much is still the start.
+`overhead_share` is the share of all processors' time (the driver's, Ray's and the actors', in steady state) that no stage
+spends in its work, and of the samplers' time that they wait. Processors' time, because a shared machine's clock tells the
+neighbours' load as well; the images/s of bare processes are measured before and after for comparison.
 """
 
 import argparse
@@ -74,15 +74,15 @@ def bare(plain: dict, share: int, num_shares: int, ready, go, spent) -> None:
     chunk(0, config.sample_batch_size)
     ready.release()
     go.wait()
-    started, processor = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
     starts = range(0, config.num_samples, config.chunk_size)
     for start in starts[share::num_shares]:
         chunk(start, min(start + config.chunk_size, config.num_samples))
-    spent.put((time.perf_counter() - started, time.process_time() - processor))
+    spent.put(time.perf_counter() - started)
 
 
-def bare_cost(config: EvaluateConfig, num_processes: int) -> tuple[float, float]:
-    """images/s of as many processes, from when all have loaded, and processor seconds an image."""
+def bare_rate(config: EvaluateConfig, num_processes: int) -> float:
+    """images/s of as many processes, from when all have loaded."""
     context = multiprocessing.get_context("spawn")
     ready, go, spent = context.Semaphore(0), context.Event(), context.Queue()
     processes = [context.Process(target=bare, args=(config_io.to_dict(config), k, num_processes, ready, go, spent))
@@ -92,40 +92,59 @@ def bare_cost(config: EvaluateConfig, num_processes: int) -> tuple[float, float]
     for _ in processes:
         ready.acquire()
     go.set()
-    seconds, processor = zip(*(spent.get() for _ in processes), strict=True)
+    seconds = [spent.get() for _ in processes]
     for process in processes:
         process.join()
-    return config.num_samples / max(seconds), sum(processor) / config.num_samples
+    return config.num_samples / max(seconds)
 
 
 class Accountant(threading.Thread):
-    """Adds up, while a job runs, the processor seconds of this process and all below it (Ray's, and its actors), and the
-    images whose chunks are written."""
+    """Notes every second, while a job runs, the processor seconds of this process and all below it."""
 
-    def __init__(self, folder: Path, chunk_size: int):
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.folder, self.chunk_size, self.rows, self.done = folder, chunk_size, [], threading.Event()
+        self.rows: list[tuple[float, float]] = []
+        self.done = threading.Event()
 
     def run(self) -> None:
         while not self.done.wait(1.0):
-            images = self.chunk_size * len(list(self.folder.glob("*.safetensors")))
             seconds = 0.0
             for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
                 with contextlib.suppress(psutil.Error):
                     seconds += sum(process.cpu_times()[:2])
-            self.rows.append((images, seconds))
+            self.rows.append((time.time(), seconds))
 
-    def per_image(self, total: int) -> float:
-        """Processor seconds an image, between a fifth and 95% of all."""
-        steady = [row for row in self.rows if total / 5 <= row[0] <= 0.95 * total]
-        (first, before), (last, after) = steady[0], steady[-1]
-        return (after - before) / (last - first)
+
+def timed(worker: type) -> type:
+    """A stage whose rows also have the processor seconds of its own thread (the only one that computes), added up over the
+    stages, and when it ended."""
+    class Timed(worker):
+        def __call__(self, item: dict) -> dict:
+            started = time.thread_time()
+            row = super().__call__(item)
+            return row | {"model_seconds": item.get("model_seconds", 0.0) + time.thread_time() - started, "at": time.time()}
+
+    return Timed
+
+
+def overhead_of(rows: list[dict], accounts: list[tuple[float, float]]) -> float:
+    """Share of all processor seconds that no stage spent, from a fifth of the images to 95%."""
+    ends = sorted(row["at"] for row in rows if "drawer" in row)
+    steady = [row for row in accounts if ends[len(ends) // 5] <= row[0] <= ends[int(0.95 * len(ends)) - 1]]
+    (began, before), (ended, after) = steady[0], steady[-1]
+    return 1 - sum(row["model_seconds"] for row in rows if began < row["at"] <= ended) / (after - before)
 
 
 def measure(quick: bool, checkpoint: str = "", num_samples: int | None = None) -> dict[str, float]:
     """Figures by name."""
+    from mdt_ray.jobs import drawing, stages
     from mdt_ray.jobs.evaluate import evaluate
 
+    rows: list[dict] = []
+    busy_of = drawing._busy
+    drawing._busy = lambda found: (rows.extend(found), busy_of(found))[1]
+    for name in ("Draw", "Decode", "Measure"):
+        setattr(stages, name, timed(getattr(stages, name)))
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint and checkpoints.resolve(storage.absolute(checkpoint))
@@ -135,22 +154,21 @@ def measure(quick: bool, checkpoint: str = "", num_samples: int | None = None) -
             compile=True, num_samples=num_samples or (2000 if quick else 50_000), chunk_size=250, sample_batch_size=125,
             keep_images=0, workers=WorkersConfig(num_workers=cores))
         few = dataclasses.replace(config, num_samples=1000 if quick else 10_000)
-        before = bare_cost(few, cores)
-        accountant = Accountant(Path(config.output) / "chunks", config.chunk_size)
+        before = bare_rate(few, cores)
+        accountant = Accountant()
         accountant.start()
         started = time.perf_counter()
         found = evaluate(config)
         wall = time.perf_counter() - started
         accountant.done.set()
-        after = bare_cost(few, cores)
+        after = bare_rate(few, cores)
     rate, busy = found["samplers"]["images_per_second"], found["samplers"]["busy_share"]
-    model, spent = (before[1] + after[1]) / 2, accountant.per_image(config.num_samples)
-    print(f"bare {before[0]:.1f} and {after[0]:.1f} images/s, {before[1] * 1e3:.2f} and {after[1] * 1e3:.2f} ms of "
-          f"processors an image; Ray {rate:.1f} images/s, {spent * 1e3:.2f} ms; samplers busy {busy:.1%}")
+    share = overhead_of(rows, accountant.rows)
+    print(f"bare {before:.1f} and {after:.1f} images/s, Ray {rate:.1f}; {share:.1%} of the processors' time is no model's, "
+          f"samplers wait {1 - busy:.1%} of theirs")
     print(" ".join(f"{name}={value:.5g}" for name, value in found["metrics"].items()))
-    return {"overhead_share": 1 - model / spent * busy, "overhead_share_by_the_clock": 1 - 2 * rate / (before[0] + after[0]),
-            "images_per_second": rate, "images_per_second_with_start": config.num_samples / wall,
-            "sampler_waiting_share": 1 - busy}
+    return {"overhead_share": 1 - (1 - share) * busy, "overhead_share_by_the_clock": 1 - 2 * rate / (before + after),
+            "images_per_second": rate, "images_per_second_with_start": config.num_samples / wall}
 
 
 def main() -> None:
