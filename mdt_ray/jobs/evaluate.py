@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import EvaluateConfig, SamplingConfig, require
-from mdt_ray.data import arrays, picture_sets
+from mdt_ray.data import arrays, latents, picture_sets
 from mdt_ray.data.picture_sets import PictureSet
 from mdt_ray.evaluation import chunks, extractors, gate, reference, results
 from mdt_ray.evaluation.reference import Reference
@@ -33,6 +33,8 @@ from mdt_ray.jobs.measuring import Measurement, absolute_weights, chunk_ranges, 
 from mdt_ray.report.memorisation import memorisation
 
 METRICS, ROW, NEIGHBOURS = "metrics.json", "metrics.parquet", "neighbours.png"
+REFERENCE = "reference.npz"
+"""What `reference` writes."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ def plan(config: EvaluateConfig, reference_root: str | None = None, known: dict[
     """
     known = {} if known is None else known
     config = dataclasses.replace(config, output=storage.absolute(config.output), samples=place(config.samples),
-                                 reference=place(config.reference),
+                                 reference=_statistics_in(place(config.reference)),
                                  extractor_weights=absolute_weights(config.extractor_weights),
                                  latents=config.latents and storage.absolute(config.latents))
     require(bool(config.checkpoint or config.samples), "checkpoint", "", "not given; name one, or pictures by --samples")
     require(bool(config.reference), "reference", "", "not given; name real images, or statistics of them (.npz)")
+    if config.latents:
+        latents.open_manifest(config.latents)  # the search comes last, and should not fail then
     weights_hash = _once(known, extractors.weights_hash, config.extractor, config.extractor_weights)
     facts, samples = {}, None
     if config.checkpoint:
@@ -87,6 +91,14 @@ def plan(config: EvaluateConfig, reference_root: str | None = None, known: dict[
     inputs |= {"reference": config_io.fingerprint(hashes), "extractor": weights_hash, "format": chunks.FORMAT}
     return Plan(config=config, run=run_folder.describe("evaluate", config, inputs), facts=facts, inputs=inputs,
                 samples=samples, reference=measured, statistics=statistics)
+
+
+def _statistics_in(uri: str) -> str:
+    """The file of a folder that `reference` wrote; anything else as it is."""
+    if uri in ("", "digits") or storage.base(uri).endswith(".npz"):
+        return uri
+    made = storage.join(uri, REFERENCE)
+    return made if storage.exists(made) else uri
 
 
 def _once(known: dict[Any, Any], function: Callable[..., Any], *arguments: Any) -> Any:
@@ -132,18 +144,21 @@ def resolve(checkpoint: str, sampling: SamplingConfig) -> tuple[str, SamplingCon
     """
     checkpoint = checkpoints.resolve(storage.absolute(checkpoint))
     check_weights(checkpoint, sampling.weights)
-    inputs = {"checkpoint": _hash_of(checkpoint)}
+    inputs = {"checkpoint": _hash_of(checkpoint, sampling.weights)}
     if sampling.guide:
         guide = checkpoints.resolve(storage.absolute(sampling.guide))
         check_weights(guide, sampling.guide_weights)
         check_guide(storage.read_json(storage.join(checkpoint, "state.json")), guide)
         require(sampling.cfg_scale != 1, "sampling.guide", sampling.guide, "has no effect with cfg_scale = 1")
-        sampling, inputs["guide"] = dataclasses.replace(sampling, guide=guide), _hash_of(guide)
+        sampling, inputs["guide"] = dataclasses.replace(sampling, guide=guide), _hash_of(guide, sampling.guide_weights)
     return checkpoint, sampling, inputs
 
 
-def _hash_of(checkpoint: str) -> str:
-    return storage.sha256(storage.read_bytes(storage.join(checkpoint, checkpoints.CHECKSUMS)))[:16]
+def _hash_of(checkpoint: str, weights: str) -> str:
+    """Of the weights and of state.json: equal for equal models, whatever run they come from."""
+    checksums = storage.read_json(storage.join(checkpoint, checkpoints.CHECKSUMS))
+    used = {name: value for name, value in checksums.items() if name.startswith(f"{weights}/") or name == "state.json"}
+    return config_io.fingerprint(used)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -181,7 +196,10 @@ def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = No
         compared: dict[str, tuple[Reference, Summary | None]] = {}
         for part in missing:
             run_folder.record(part.config.output, part.run)
-            _write_metrics(part, compared, {"seconds": (time.perf_counter() - started) / len(missing), "samplers": busy})
+            timing = {"seconds": (time.perf_counter() - started) / len(missing), "samplers": busy}
+            if busy is None and storage.exists(storage.join(part.config.output, METRICS)):  # no image was drawn now
+                timing = {key: value for key, value in _found(part).items() if key in timing}
+            _write_metrics(part, compared, timing)
         for p in todo:
             if p.config.num_seed_ranges > 1:
                 _write_ranges(p, parts[p.config.output])

@@ -16,9 +16,8 @@ from mdt_ray.data import picture_sets
 from mdt_ray.evaluation import chunks, extractors, gate, results
 from mdt_ray.evaluation.chunks import Chunk
 from mdt_ray.evaluation.reference import write_reference
+from mdt_ray.jobs.evaluate import REFERENCE
 from mdt_ray.jobs.measuring import Measurement, absolute_weights, measure_missing, place
-
-REFERENCE = "reference.npz"
 
 
 def reference(config: ReferenceConfig, pool: bool = True) -> str:

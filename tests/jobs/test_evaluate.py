@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from mdt_ray.evaluation.digits import load_digits_features
 from mdt_ray.evaluation.inception import Inception
 from mdt_ray.evaluation.reference import read_reference
 from mdt_ray.jobs import plan_evaluate
-from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
+from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan, resolve
 from mdt_ray.jobs.reference import reference
 from mdt_ray.jobs.sweep import settings_of, sweep
 from tests import harness
@@ -101,7 +102,8 @@ def test_statistics_stand_in_for_the_images(files, digits, tmp_path):
         assert set(file) == {"arr_0", "mu", "sigma", "mu_s", "sigma_s", "facts"}
     assert not (tmp_path / "statistics" / "chunks").exists()
     given = {"samples": files["npz"], "num_samples": 100}
-    by_statistics = judged(tmp_path / "a", reference=made, **given)
+    by_statistics = judged(tmp_path / "a", reference=str(tmp_path / "statistics"), **given)
+    assert by_statistics["reference"]["source"] == made
     by_images = judged(tmp_path / "b", reference=files["reference"], **given)
     for name in ("fid_digits_100", "sfid_digits_100", "is_digits_100"):
         assert by_statistics["metrics"][name] == pytest.approx(by_images["metrics"][name], rel=1e-9), name
@@ -332,6 +334,26 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(files, digits, che
         with pytest.raises(ValueError, match=message):
             judged(out, **{**shared, **changes})
     assert not out.exists()
+
+
+def test_latents_that_are_not_there_are_noticed_before_anything_is_drawn(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"none: no manifest.json"):
+        judged(tmp_path / "out", checkpoint=checkpoint, reference="digits", sampling=SAMPLING, num_samples=40,
+               latents=str(tmp_path / "none"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_hash_of_a_checkpoint_is_that_of_its_model(checkpoint, tmp_path):
+    """Two runs that end with the same weights have other run.json and metrics."""
+    copy = tmp_path / "copy" / Path(checkpoint).name
+    shutil.copytree(checkpoint, copy)
+    checksums = json.loads((copy / "checksums.json").read_text())
+    (copy / "checksums.json").write_text(json.dumps(checksums | {"run.json": "0" * 64}))
+    other = make_checkpoint(tmp_path / "other", hidden_size=16)
+    first, same, differing = (resolve(uri, SAMPLING)[2]["checkpoint"] for uri in (checkpoint, str(copy), other))
+    assert first == same != differing
+    raw = resolve(checkpoint, dataclasses.replace(SAMPLING, weights="model"))[2]["checkpoint"]
+    assert raw != first
 
 
 def test_a_reference_with_unreadable_pictures_is_refused(files, digits, tmp_path):
