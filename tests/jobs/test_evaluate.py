@@ -250,14 +250,15 @@ def test_names_carry_the_number_of_samples():
 
 @pytest.mark.ray
 def test_workers_and_batches_change_no_image(checkpoint, ray_session, tmp_path):
-    """1, 2 and 3 samplers, batches of 1, 7 and 64: equal labels, images within a grey level; of equal plans, equal bytes."""
+    """1, 2 and 3 samplers, batches of 1, 7 and 64: equal labels, images within a grey level; of equal plans, equal bytes.
+    One sampler works in this process."""
     found, kept = {}, {}
     for workers, batch in ((1, 64), (2, 64), (3, 7), (1, 1)):
         output = tmp_path / f"{workers}-{batch}"
         config = EvaluateConfig(checkpoint=checkpoint, output=str(output), reference="digits", extractor="digits",
                                 sampling=SAMPLING, num_samples=72, chunk_size=24, sample_batch_size=batch, keep_images=72,
                                 workers=WorkersConfig(num_workers=workers, cpus_per_worker=0.5))
-        found[workers, batch] = evaluate(config)
+        found[workers, batch] = evaluate(config) if workers > 1 else evaluate_many([config], pool=False)[0]
         kept[workers, batch] = chunks.kept_images(plan(config).sample_uris, 72)
     pictures, labels = kept[1, 64]
     assert pictures.std() > 1
