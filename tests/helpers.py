@@ -4,10 +4,20 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mdt_ray.config import EmaConfig, ModelConfig, OptimConfig, TrainConfig
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
+
+NO_IMAGES = [
+    (torch.zeros(2, 3, 32, 32), "dtype torch.float32"),
+    (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), r"\(2, 1, 32, 32\)"),
+    (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), r"\(2, 32, 32, 3\)"),
+    (torch.zeros(2, 3, 0, 32, dtype=torch.uint8), r"\(2, 3, 0, 32\)"),
+    (torch.zeros(3, 32, 32, dtype=torch.uint8), r"\(3, 32, 32\)"),
+]
+"""What no feature network that resizes takes for images, and what its error says."""
 
 
 def make_latents(folder: Path, num_images: int = 100, num_files: int = 2, side: int = 4, num_classes: int = 10,

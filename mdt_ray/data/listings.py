@@ -71,6 +71,11 @@ def list_images(source: Source) -> Listing:
     return Listing(table=table, class_names=names)
 
 
+def shuffled(count: int) -> np.ndarray:
+    """range(count) in an order that is always the same, (count,)."""
+    return np.random.Generator(np.random.PCG64(0)).permutation(count)
+
+
 Rows = tuple[list[str], list[Any], list[tuple[str, int, int]]]
 """Ids, labels as found, and (file, offset, size)."""
 

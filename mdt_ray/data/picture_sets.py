@@ -58,8 +58,7 @@ def open_pictures(uri: str) -> PictureSet:
     source = sources.open_source(uri, need_labels=False)
     listing = listings.list_images(source)
     if len({name.rpartition("/")[0] for name in source.files["name"].to_pylist()}) > 1 and source.kind == "pictures":
-        order = np.random.Generator(np.random.PCG64(0)).permutation(listing.table.num_rows)
-        listing = replace(listing, table=listing.table.take(order))
+        listing = replace(listing, table=listing.table.take(listings.shuffled(listing.table.num_rows)))
     return PictureSet(uri=uri, num_images=listing.table.num_rows, image_size=None, fingerprint=source.fingerprint,
                       source=source, listing=listing)
 

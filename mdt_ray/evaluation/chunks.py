@@ -12,6 +12,7 @@ from safetensors.numpy import save as save_safetensors
 
 from mdt_ray import storage
 from mdt_ray.config import EvaluateConfig
+from mdt_ray.data import listings
 from mdt_ray.evaluation import extractors, gate
 from mdt_ray.evaluation.features import Extractor
 
@@ -108,7 +109,7 @@ def kept_rows(start: int, stop: int, num_kept: int, total: int | None = None) ->
 
 def spread(total: int, count: int) -> np.ndarray:
     """At most `count` of range(total), chosen by a fixed shuffle, in order."""
-    return np.sort(np.random.Generator(np.random.PCG64(0)).permutation(total)[:count])
+    return np.sort(listings.shuffled(total)[:count])
 
 
 def kept_images(uris: list[str], count: int) -> tuple[np.ndarray, np.ndarray]:

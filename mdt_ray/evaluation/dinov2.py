@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mdt_ray import storage
-from mdt_ray.evaluation.features import Features
+from mdt_ray.evaluation.features import Features, check_images
 from mdt_ray.evaluation.precision import full_float32
 
 logger = logging.getLogger(__name__)
@@ -61,10 +61,7 @@ class Dinov2(nn.Module):
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> Features:
         """Features of uint8 `images` (B, 3, H, W) in 0..255, of any size. ValueError on any other dtype or shape."""
-        if images.dtype != torch.uint8:
-            raise ValueError(f"images must be torch.uint8 in 0..255, got dtype {images.dtype}")
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
-            raise ValueError(f"images must have shape (B, 3, H, W) with H, W >= 1, got {tuple(images.shape)}")
+        check_images(images)
         device = self.mean.device
         with torch.autocast(device.type, enabled=False), full_float32():
             tokens = self.network(self.prepare(images.to(device))).last_hidden_state  # (B, 1 + GRID^2, D), normed

@@ -38,3 +38,11 @@ class Extractor(Protocol):
     def __call__(self, images: torch.Tensor) -> Features:
         """Features of `images`, uint8 (B, 3, H, W) in 0..255; image i's do not depend on the rest of the batch."""
         ...
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Raise ValueError for what no extractor that resizes takes: anything but uint8 (B, 3, H, W)."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be torch.uint8 in 0..255, got dtype {images.dtype}")
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images must have shape (B, 3, H, W) with H, W >= 1, got {tuple(images.shape)}")

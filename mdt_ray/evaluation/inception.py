@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mdt_ray import storage
-from mdt_ray.evaluation.features import Features
+from mdt_ray.evaluation.features import Features, check_images
 from mdt_ray.evaluation.precision import full_float32
 
 logger = logging.getLogger(__name__)
@@ -181,10 +181,7 @@ class Inception(nn.Module):
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> Features:
         """Features of uint8 `images` (B, 3, H, W) in 0..255, of any size. ValueError on any other dtype or shape."""
-        if images.dtype != torch.uint8:
-            raise ValueError(f"images must be torch.uint8 in 0..255, got dtype {images.dtype}")
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
-            raise ValueError(f"images must have shape (B, 3, H, W) with H, W >= 1, got {tuple(images.shape)}")
+        check_images(images)
         device = self.fc.weight.device
         with torch.autocast(device.type, enabled=False), full_float32():
             x = resize_tf1(images.to(device=device, dtype=torch.float32), IMAGE_SIZE)  # (B, 3, 299, 299)

@@ -3,6 +3,7 @@
 Not the metrics' mathematics: metrics.py and statistics.py.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,6 +40,15 @@ class Summary:
     halves: tuple[FeatureStatistics, FeatureStatistics]
     """Pool features of every other picture, from the first and from the second on."""
 
+    num_kept: int
+    """Pictures that the chunks hold."""
+
+    @functools.cached_property
+    def distance_between_halves(self) -> float:
+        """Frechet distance of even and odd images: of real ones, what a perfect sampler of as few images would score."""
+        first, second = self.halves
+        return metrics.frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
+
     @property
     def statistics(self) -> Reference:
         """Mean and covariance of both features."""
@@ -54,7 +64,7 @@ def summarise(chunks: Iterable[Chunk], chosen: np.ndarray | None = None) -> Summ
     Raises ValueError without any.
     """
     halves: tuple[FeatureStatistics, ...] = ()
-    spatial, features, logits, facts, count, num_rejected = None, [], [], [], 0, 0
+    spatial, features, logits, facts, count, num_rejected, num_kept = None, [], [], [], 0, 0, 0
     for chunk in chunks:
         if not halves:
             halves = tuple(FeatureStatistics(chunk.pool.shape[1]) for _ in range(2))
@@ -67,13 +77,15 @@ def summarise(chunks: Iterable[Chunk], chosen: np.ndarray | None = None) -> Summ
         features.append(chunk.pool if chosen is None else chunk.pool[np.isin(places, chosen)])
         logits.append(chunk.logits if chosen is None else None)
         num_rejected += int(chunk.num_rejected[0])
+        num_kept += len(chunk.images)
         facts.append(chunk.facts)
         count += len(chunk.pool)
     if not count:
         raise ValueError("no pictures to measure")
     pool = FeatureStatistics(halves[0].num_features).merge(halves[0]).merge(halves[1])
-    return Summary(num_images=count, pool=pool, spatial=spatial, features=np.concatenate(features), facts=gate.joined(facts),
-                   logits=None if logits[0] is None else np.concatenate(logits), num_rejected=num_rejected, halves=halves)
+    return Summary(num_images=count, pool=pool, spatial=spatial, features=np.concatenate(features),
+                   logits=None if logits[0] is None else np.concatenate(logits), facts=gate.joined(facts),
+                   num_rejected=num_rejected, num_kept=num_kept, halves=halves)
 
 
 def compare(samples: Summary, reference: Reference, reference_features: np.ndarray | None, extractor: str,
@@ -90,6 +102,7 @@ def compare(samples: Summary, reference: Reference, reference_features: np.ndarr
     if statistics.mu_s is not None and reference.mu_s is not None:
         found["sfid"] = metrics.frechet_distance(statistics.mu_s, statistics.sigma_s, reference.mu_s, reference.sigma_s)
     if samples.logits is not None:
+        # (A split at a time: of all, probabilities in float64 would be twice the logits.)
         found["is"] = float(np.mean([metrics.inception_score(softmax(samples.logits[first:first + SPLIT]))
                                      for first in range(0, samples.num_images, SPLIT)]))
     if reference_features is not None:
@@ -120,12 +133,6 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """(N, K) float64, rows sum to 1."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     return shifted / shifted.sum(1, keepdims=True)
-
-
-def distance_between_halves(reference: Summary) -> float:
-    """Frechet distance between even and odd real images: what a perfect sampler of as few images would score."""
-    first, second = reference.halves
-    return metrics.frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
 
 
 def over_ranges(values: list[dict[str, float]]) -> dict[str, dict[str, float]]:

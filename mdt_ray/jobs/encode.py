@@ -48,7 +48,7 @@ class Encoder:
         self.folder, self.kind, self.run_name, self.claim, self.mailbox = folder, kind, run_name, claim, mailbox
         self.device = session.settle(self.config.workers)
         torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
+        session.full_float32()
         self.vae = load_vae(self.config.vae, self.device)
         self.dtype = autocast_dtype(self.config.precision, torch.device(self.device))
         self.turn = threading.Lock()

@@ -285,7 +285,7 @@ def _compared(p: Plan) -> tuple[Reference, Summary | None]:
 def _description(p: Plan, statistics: Reference, real: Summary | None) -> dict[str, Any]:
     """All that identifies the numbers."""
     config, drawn = p.config, p.samples is None
-    halves = {f"fid_{config.extractor}_between_halves": results.distance_between_halves(real)} if not p.statistics else {}
+    halves = {f"fid_{config.extractor}_between_halves": real.distance_between_halves} if not p.statistics else {}
     return {
         "num_samples": config.num_samples, "seed": config.seed if drawn else None,
         "labels": config.labels if drawn else None,

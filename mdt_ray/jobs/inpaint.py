@@ -16,6 +16,7 @@ from mdt_ray.diffusion.sampling import make_scheduler
 from mdt_ray.inference import labels
 from mdt_ray.inference.inpaint import MDTInpaintPipeline
 from mdt_ray.jobs.evaluate import resolve
+from mdt_ray.jobs.measuring import place
 from mdt_ray.report import figures
 
 GREY = 128
@@ -28,7 +29,7 @@ def inpaint(config: InpaintConfig) -> str:
     the pipeline refuses.
     """
     checkpoint, _, inputs = resolve(config.checkpoint, config.sampling)
-    source = sources.open_source(config.images if config.images == "digits" else storage.absolute(config.images))
+    source = sources.open_source(place(config.images))
     inputs["images"] = source.fingerprint
     if config.mask:
         inputs["mask"] = storage.sha256(storage.read_bytes(storage.absolute(config.mask)))[:16]

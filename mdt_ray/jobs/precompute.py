@@ -114,7 +114,7 @@ def cut(listing: Listing, kind: str, chunk_size: int) -> list[np.ndarray]:
     Pictures are shuffled, so that each file of latents has all classes; Parquet and tars are read in their own order.
     """
     count = listing.table.num_rows
-    order = np.random.Generator(np.random.PCG64(0)).permutation(count) if kind == "pictures" else np.arange(count)
+    order = listings.shuffled(count) if kind == "pictures" else np.arange(count)
     return np.array_split(order, math.ceil(count / chunk_size))
 
 

@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from mdt_ray import run_folder, storage
 from mdt_ray.config import ReferenceConfig
 from mdt_ray.data import picture_sets
 from mdt_ray.evaluation import chunks, extractors, gate, results
-from mdt_ray.evaluation.chunks import Chunk
 from mdt_ray.evaluation.reference import write_reference
 from mdt_ray.jobs.evaluate import REFERENCE
 from mdt_ray.jobs.measuring import Measurement, absolute_weights, measure_missing, place
@@ -40,16 +38,7 @@ def reference(config: ReferenceConfig, pool: bool = True) -> str:
         return target
     with run_folder.claim(config.output, run):
         measure_missing([measured], config.workers, pool, "reference")
-        num_kept = 0
-
-        def read() -> Iterator[Chunk]:
-            nonlocal num_kept
-            for uri in measured.items():
-                chunk = chunks.read_chunk(uri)
-                num_kept += len(chunk.images)
-                yield chunk
-
-        summary = results.summarise(read(), chosen=np.empty(0, dtype=np.int64))
+        summary = results.summarise((chunks.read_chunk(uri) for uri in measured.items()), chosen=np.empty(0, dtype=np.int64))
         wrong = gate.reasons(summary.facts, num_expected=summary.num_images, num_rejected=summary.num_rejected)
         if wrong:
             raise ValueError(f"{config.source}: these images give no statistics:\n  " + "\n  ".join(wrong))
@@ -58,7 +47,7 @@ def reference(config: ReferenceConfig, pool: bool = True) -> str:
                  "num_images": summary.num_images, "source": config.source}
         pictures = (chunks.read_chunk(uri).images for uri in measured.items())
         write_reference(target, dataclasses.replace(summary.statistics, facts=facts), pictures,
-                        (num_kept, config.image_size, config.image_size, 3))
+                        (summary.num_kept, config.image_size, config.image_size, 3))
         storage.remove(storage.join(config.output, "chunks"))
     return target
 

@@ -118,8 +118,7 @@ class Measure:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         arrays = load_safetensors(item.pop(ARRAYS))
-        total = item["total"] if item.get("total", 0) else None
-        kept = chunks.kept_rows(item["start"], item["stop"], item["num_kept"], total)
+        kept = chunks.kept_rows(item["start"], item["stop"], item["num_kept"], item.get("total") or None)
         kept = kept[kept < len(arrays["pictures"])]
         extractor = self.extractor(item["extractor"], item["extractor_weights"])
         chunks.write_chunk(item["uri"], chunks.measure(extractor, arrays["pictures"], arrays["labels"], kept,

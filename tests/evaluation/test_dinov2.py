@@ -16,6 +16,7 @@ from transformers import Dinov2Config, Dinov2Model
 from mdt_ray import storage
 from mdt_ray.evaluation.dinov2 import Dinov2, find_dinov2, hash_dinov2, load_dinov2, resize_positions
 from tests.conftest import relative_error
+from tests.helpers import NO_IMAGES
 
 
 def random_images(*shape, seed):
@@ -96,13 +97,7 @@ def test_is_frozen_named_and_of_full_precision(network):
     assert not any(p.requires_grad for p in network.parameters())
 
 
-@pytest.mark.parametrize(("images", "message"), [
-    (torch.zeros(2, 3, 32, 32), "dtype torch.float32"),
-    (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), r"\(2, 1, 32, 32\)"),
-    (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), r"\(2, 32, 32, 3\)"),
-    (torch.zeros(2, 3, 0, 32, dtype=torch.uint8), r"\(2, 3, 0, 32\)"),
-    (torch.zeros(3, 32, 32, dtype=torch.uint8), r"\(3, 32, 32\)"),
-])
+@pytest.mark.parametrize(("images", "message"), NO_IMAGES)
 def test_refuses_other_inputs(network, images, message):
     with pytest.raises(ValueError, match=message):
         network(images)

@@ -13,6 +13,7 @@ from torch import nn
 from mdt_ray import storage
 from mdt_ray.evaluation.inception import WEIGHTS_URL, Inception, load_inception, resize_tf1
 from tests.conftest import relative_error
+from tests.helpers import NO_IMAGES
 
 # From torch-fidelity 0.4.0's FeatureExtractorInceptionV3 (CPU, torch 2.13) with the weights of `filled_weights` and the
 # image of `oracle_image`. Pool: the first five; spatial: five that ReLU let through; logits: the first five.
@@ -203,13 +204,7 @@ def test_is_frozen_and_named(network, images, features):
         assert not one.requires_grad
 
 
-@pytest.mark.parametrize(("images", "message"), [
-    (torch.zeros(2, 3, 32, 32), "dtype torch.float32"),
-    (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), r"\(2, 1, 32, 32\)"),
-    (torch.zeros(2, 32, 32, 3, dtype=torch.uint8), r"\(2, 32, 32, 3\)"),
-    (torch.zeros(2, 3, 0, 32, dtype=torch.uint8), r"\(2, 3, 0, 32\)"),
-    (torch.zeros(3, 32, 32, dtype=torch.uint8), r"\(3, 32, 32\)"),
-])
+@pytest.mark.parametrize(("images", "message"), NO_IMAGES)
 def test_refuses_other_inputs(network, images, message):
     with pytest.raises(ValueError, match=message):
         network(images)
