@@ -134,15 +134,19 @@ def read_labels(npz: NpzImages) -> np.ndarray:
         return npz_files.read_array(archive, LABELS).astype(np.int64)
 
 
-def fingerprint(uri: str) -> str:
+def fingerprint(uri: str, without: frozenset[str] = frozenset()) -> str:
     """64 hex digits for what an .npz holds: names, sizes and checksums of its arrays, from the zip's directory.
+
+    Args:
+        without: keys of arrays that make no difference.
 
     Reads some hundred bytes, whatever the file's size. That suffices to notice another file at the same place, which is what
     it is for: by chance, changed data keeps an array's CRC-32 once in 4 * 10^9. It is no proof against forgery, and damage
     that leaves the directory alone is for the readers to notice. Compression, order and times make no difference.
     """
     with npz_files.open_archive(uri) as archive:
-        members = sorted((info.filename, info.file_size, info.CRC) for info in archive.zip.infolist())
+        members = sorted((info.filename, info.file_size, info.CRC) for info in archive.zip.infolist()
+                         if info.filename.removesuffix(".npy") not in without)
     return storage.sha256(json.dumps(members).encode())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mdt_ray.data import npz
-from mdt_ray.data.arrays import PICTURES, NpzImages, open_npz, write_npz
+from mdt_ray.data.arrays import PICTURES, NpzImages, fingerprint, open_npz, write_npz
 from mdt_ray.evaluation import inception
 
 FORMAT = 1
@@ -52,6 +52,11 @@ class Reference:
     @property
     def has_images(self) -> bool:
         return self.images is not None
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits for the file's numbers and pictures: the same from wherever its data were read."""
+        return fingerprint(self.uri, without=frozenset({"facts"}))
 
 
 def is_statistics(uri: str) -> bool:

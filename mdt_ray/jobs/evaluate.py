@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import EvaluateConfig, SamplingConfig, require
-from mdt_ray.data import arrays, latents, picture_sets
+from mdt_ray.data import latents, picture_sets
 from mdt_ray.data.picture_sets import PictureSet
 from mdt_ray.evaluation import chunks, extractors, gate, reference, results
 from mdt_ray.evaluation.reference import Reference
@@ -87,7 +87,7 @@ def plan(config: EvaluateConfig, reference_root: str | None = None, known: dict[
     chunks.check_extractor(config.extractor, image_size)
     root = storage.absolute(reference_root or config.output)
     measured, statistics = _reference(config, image_size, weights_hash, root, known)
-    hashes = [measured and measured.fingerprint(weights_hash), statistics and arrays.fingerprint(statistics.uri)]
+    hashes = [measured and measured.fingerprint(weights_hash), statistics and statistics.fingerprint]
     inputs |= {"reference": config_io.fingerprint(hashes), "extractor": weights_hash, "format": chunks.FORMAT}
     return Plan(config=config, run=run_folder.describe("evaluate", config, inputs), facts=facts, inputs=inputs,
                 samples=samples, reference=measured, statistics=statistics)
@@ -308,7 +308,7 @@ def _description(p: Plan, statistics: Reference, real: Summary | None) -> dict[s
 
 def _hash_of_reference(p: Plan) -> str:
     """Of its content alone, however it is cut."""
-    return arrays.fingerprint(p.statistics.uri)[:16] if p.statistics else p.reference.pictures.fingerprint
+    return p.statistics.fingerprint[:16] if p.statistics else p.reference.pictures.fingerprint
 
 
 def _write_ranges(p: Plan, parts: list[Plan]) -> None:

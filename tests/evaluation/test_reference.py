@@ -58,6 +58,18 @@ def test_what_is_written_is_read(tmp_path):
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "x.npz").read_bytes()
 
 
+def test_the_fingerprint_is_of_numbers_and_pictures_wherever_they_were_read(tmp_path):
+    images = pictures()
+
+    def of(name, images=images, **changes):
+        write_reference(str(tmp_path / name), ours(**changes), [images], images.shape)
+        return read_reference(str(tmp_path / name)).fingerprint
+
+    first = of("a.npz")
+    assert of("b.npz", facts=FACTS | {"source": "s3://bucket/digits"}) == first
+    assert len({first, of("c.npz", mu=ours().mu + 1), of("d.npz", images=255 - images)}) == 3
+
+
 def test_without_pictures_and_without_spatial_features(tmp_path):
     uri = str(tmp_path / "x.npz")
     write_reference(uri, ours(mu_s=None, sigma_s=None))
