@@ -213,7 +213,9 @@ def _last_line(job: str, config: Any, result: Any) -> str:
         return f"best of {len(result)} trials: {best['overrides']}; table in {config.output}/results.json"
     if job == "evaluate":
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
-        return f"{numbers}\n{_below(config.output, 'metrics.json')}"
+        found = [result["memorisation"] and _memorised(config.output, result["memorisation"]),
+                 _below(config.output, "metrics.json")]
+        return "\n".join([numbers, *filter(None, found)])
     if job == "evaluate sweep":
         best = result["trials"][0]
         settings = ", ".join(f"{key} {value}" for key, value in best.items() if key not in ("metrics", "output"))
@@ -221,6 +223,14 @@ def _last_line(job: str, config: Any, result: Any) -> str:
                 f"{_below(config.output, 'frontier.png')}\n"
                 f"in full: mdt-ray evaluate --config {shlex.quote(_below(config.output, 'best.json'))}")
     return f"report {result}" if job == "quickstart" else result
+
+
+def _memorised(output: str, found: dict) -> str:
+    share = found["memorised_share"]
+    known = "least distance {least_distance:.3g} (no held-out images to compare with)" if share is None else \
+        "{memorised_share:.1%} of {num_samples} samples are nearer to a training image than {threshold:.3g}, which " \
+        "{expected_share:.1%} of unseen images are"
+    return f"memorised: {known.format(**found)}; see {_below(output, 'neighbours.png')}"
 
 
 def _below(folder: str, name: str) -> str:

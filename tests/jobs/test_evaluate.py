@@ -274,7 +274,8 @@ def test_workers_and_batches_change_no_image(checkpoint, ray_session, tmp_path):
 @pytest.mark.ray
 def test_training_images_near_the_samples_are_shown(checkpoint, ray_session, tmp_path):
     """Asked for later, too: the images are not drawn again."""
-    harness.run_here(["precompute", "digits", "--output", f"{tmp_path}/latents", "--workers.num-workers", "1"])
+    harness.run_here(["precompute", "digits", "--output", f"{tmp_path}/latents", "--workers.num-workers", "1",
+                      "--validation-share", "0.1"])
     shared = {"checkpoint": checkpoint, "reference": "digits", "sampling": SAMPLING, "num_samples": 40}
     before = judged(tmp_path / "out", **shared)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "chunks").iterdir()}
@@ -284,6 +285,8 @@ def test_training_images_near_the_samples_are_shown(checkpoint, ray_session, tmp
     assert found["memorisation"]["num_samples"] == 10, "as many as were kept"
     assert found["memorisation"]["least_distance"] > 0
     assert (tmp_path / "out" / "neighbours.png").read_bytes().startswith(b"\x89PNG")
+    last = harness.run_here(["evaluate", "--config", f"{tmp_path}/out/run.json"])
+    assert re.search(r"\nmemorised: \d+\.\d% of 10 samples are nearer .* 1\.\d% of unseen images are; see .*png", last)
 
 
 @pytest.mark.ray
