@@ -155,9 +155,17 @@ def test_a_damaged_file_is_rebuilt_alone_and_decodes_to_its_pictures(tmp_path, r
         verify(VerifyConfig(folder=config.output, decode=5, source=str(tmp_path / "other")))
 
 
-def test_psnr_is_high_for_the_pictures_that_the_autoencoder_knows(ray_session, tmp_path):
-    precompute(encoding("digits", tmp_path / "out", chunk_size=1000))
-    line = verify(VerifyConfig(folder=str(tmp_path / "out"), decode=40))
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory, ray_session):
+    """The settings of a finished run over the digits."""
+    config = encoding("digits", tmp_path_factory.mktemp("digits") / "out", chunk_size=1000, rows_per_group=128)
+    precompute(config)
+    return config
+
+
+@pytest.mark.ray
+def test_psnr_is_high_for_the_pictures_that_the_autoencoder_knows(digits):
+    line = verify(VerifyConfig(folder=digits.output, decode=40))
     assert float(re.search(r"mean ([\d.]+) dB", line)[1]) > 30
 
 
@@ -179,9 +187,7 @@ def test_the_planned_size_is_that_of_imagenet():
 
 
 @pytest.mark.ray
-def test_the_planned_size_is_the_size_written(tmp_path, ray_session):
-    config = encoding("digits", tmp_path / "out", chunk_size=1000, rows_per_group=128)
-    precompute(config)
-    planned = float(re.search(r"2 files, ([\d.]+) kB", plan_precompute(config))[1]) * 1000
-    written = sum(size for name, size in storage.list_sizes(str(tmp_path / "out")).items() if name.startswith("chunk"))
+def test_the_planned_size_is_the_size_written(digits):
+    planned = float(re.search(r"2 files, ([\d.]+) kB", plan_precompute(digits))[1]) * 1000
+    written = sum(size for name, size in storage.list_sizes(digits.output).items() if name.startswith("chunk"))
     assert planned == pytest.approx(written, rel=0.15)

@@ -11,12 +11,29 @@ from mdt_ray import checkpoints, cli, config_io, presets
 from mdt_ray.config import EmaConfig, ModelConfig, PlanConfig
 from mdt_ray.jobs import plan_train, units
 from mdt_ray.jobs.plan_train import GPUS
+from mdt_ray.training import cost as costs
 from mdt_ray.training.run import run_rank
 from tests.conftest import ROOT
 from tests.helpers import make_latents, tiny_training
 
 SMALL = PlanConfig(model=ModelConfig(hidden_size=64, depth=3, num_heads=4), precision="bf16", num_steps=1000)
 ON_GPUS = {"workers.gpus_per_worker": 1, "workers.num_workers": 8}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def counted_once():
+    """A cost takes seconds to count, and many plans here differ in what it does not depend on."""
+    count, known = costs.count, {}
+
+    def counted(config, dtype, on_gpu):
+        key = (config.model, config.loss, config.optim, config.ema, config.gradient_checkpointing, dtype, on_gpu)
+        if key not in known:
+            known[key] = count(config, dtype, on_gpu)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "count", counted)
+        yield
 
 
 def lines(config: PlanConfig) -> dict[str, str]:
@@ -47,14 +64,15 @@ def test_a_plan_needs_no_data_writes_nothing_and_starts_no_ray(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_with_remedies_that_help(capsys):
-    assert cli.main(["plan", "imagenet256-b-2", "--batch-size", "1024"]) == 1
+    assert cli.main(["plan", "imagenet256-b-2", "--model.depth", "4", "--batch-size", "4096"]) == 1
     error = capsys.readouterr().err
-    assert re.search(r"workers.num_workers = 8: 128 images at once on a GPU need [\d.]+ GB \(weights .*\), and the memory "
+    assert re.search(r"workers.num_workers = 8: 512 images at once on a GPU need [\d.]+ GB \(weights .*\), and the memory "
                      r"of gpu = 'a100-40gb' is 40 GB; give --accumulation \d+ or --workers.num-workers \d+ or ", error)
     parts, enough = (int(re.search(rf"{flag} (\d+)", error)[1]) for flag in ("--accumulation", "--workers.num-workers"))
     others = re.findall(r"--gpu (\S+)", error)
     assert others
-    config = config_io.override(presets.plan_of(presets.preset("imagenet256-b-2")), {"batch_size": 1024})
+    config = config_io.override(presets.plan_of(presets.preset("imagenet256-b-2")),
+                                {"model.depth": 4, "batch_size": 4096})
     config, _ = plan_train.with_model(config)
     cost = plan_train._cost(config)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -49,6 +50,16 @@ def tars(root, count: int = 12):
     return root
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, ray_session):
+    """A finished run, to be copied before it is changed: twelve pictures in `source`, latents in `fp32` and in `bf16`."""
+    root = tmp_path_factory.mktemp("finished")
+    folders(root / "source")
+    for precision in ("fp32", "bf16"):
+        precompute(encoding(root / "source", root / precision, precision=precision))
+    return root
+
+
 # What is written
 
 
@@ -85,24 +96,23 @@ def test_pictures_are_shuffled_over_the_files_and_other_sources_are_not(tmp_path
     assert all(set(labels[part]) == {0, 1, 2} for part in shuffled)
 
 
-def test_the_statistics_are_those_of_draws_from_the_posteriors(tmp_path, ray_session):
-    manifest = precompute(encoding(parquet(tmp_path / "source", 50), tmp_path / "out"))
-    rows = [np.frombuffer(row["moments"], np.float16).reshape(2, 4, 4, 4) for row in rows_of(tmp_path / "out", manifest)]
+def test_the_statistics_are_those_of_draws_from_the_posteriors(finished):
+    manifest = latents.open_manifest(str(finished / "fp32"))
+    rows = [np.frombuffer(row["moments"], np.float16).reshape(2, 4, 4, 4) for row in rows_of(finished / "fp32", manifest)]
     mean, std = torch.from_numpy(np.stack(rows)).double().unbind(1)
-    draws = mean + std * torch.randn(200, *mean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = mean + std * torch.randn(800, *mean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert manifest.statistics["mean"] == pytest.approx(draws.mean((0, 1, 3, 4)).tolist(), abs=0.01)
     assert manifest.statistics["std"] == pytest.approx(draws.std((0, 1, 3, 4)).tolist(), rel=0.01)
 
 
-def test_bf16_is_near_fp32_and_another_run(tmp_path, ray_session):
-    source = parquet(tmp_path / "source")
-    full, half = (precompute(encoding(source, tmp_path / p, precision=p)) for p in ("fp32", "bf16"))
+def test_bf16_is_near_fp32_and_another_run(finished):
+    full, half = (latents.open_manifest(str(finished / p)) for p in ("fp32", "bf16"))
     assert (full.precision, half.precision) == ("fp32", "bf16")
-    a, b = (np.stack([np.frombuffer(r["moments"], np.float16) for r in rows_of(tmp_path / m.precision, m)]).astype(float)
+    a, b = (np.stack([np.frombuffer(r["moments"], np.float16) for r in rows_of(finished / m.precision, m)]).astype(float)
             for m in (full, half))
     assert 0 < np.abs(a - b).max() < 0.1
     with pytest.raises(ValueError, match=r"precision: 'bf16' -> 'fp32'"):
-        precompute(encoding(source, tmp_path / "bf16"))
+        precompute(encoding(finished / "source", finished / "bf16"))
 
 
 def encode_here(config: PrecomputeConfig) -> dict:
@@ -234,9 +244,9 @@ def test_the_job_says_what_it_did(tmp_path, ray_session, caplog):
 # Again
 
 
-def test_a_finished_precompute_does_nothing_and_a_damaged_file_is_rebuilt(tmp_path, ray_session):
-    config = encoding(folders(tmp_path / "source"), tmp_path / "out")
-    first = precompute(config)
+def test_a_finished_precompute_does_nothing_and_a_damaged_file_is_rebuilt(finished, tmp_path, ray_session):
+    shutil.copytree(finished / "fp32", tmp_path / "out")
+    config, first = encoding(finished / "source", tmp_path / "out"), latents.open_manifest(str(finished / "fp32"))
 
     def times() -> dict[str, int]:
         return {str(p): p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -261,15 +271,13 @@ def test_a_finished_precompute_does_nothing_and_a_damaged_file_is_rebuilt(tmp_pa
     assert (tmp_path / "out" / "rejected.parquet").exists()
 
 
-def test_chunks_of_another_run_are_not_taken_over(tmp_path, ray_session):
+def test_chunks_of_another_run_are_not_taken_over(finished, tmp_path, ray_session):
     """Even where somebody deleted what says whose they are."""
-    root = folders(tmp_path / "source")
-    precompute(encoding(root, tmp_path / "out"))
+    shutil.copytree(finished / "fp32", tmp_path / "out")
     for name in ("run.json", "manifest.json"):
         (tmp_path / "out" / name).unlink()
-    found = precompute(encoding(root, tmp_path / "out", precision="bf16"))
-    fresh = precompute(encoding(root, tmp_path / "fresh", precision="bf16"))
-    assert [f.sha256 for f in found.files] == [f.sha256 for f in fresh.files]
+    found = precompute(encoding(finished / "source", tmp_path / "out", precision="bf16"))
+    assert [f.sha256 for f in found.files] == [f.sha256 for f in latents.open_manifest(str(finished / "bf16")).files]
 
 
 def test_a_changed_source_or_setting_is_refused(tmp_path, ray_session):
@@ -330,10 +338,10 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_chunks_say_what_they_hold(tmp_path, ray_session):
-    precompute(encoding(parquet(tmp_path / "source"), tmp_path / "out"))
-    entry = json.loads((tmp_path / "out" / "chunks" / "00001.json").read_text())
+def test_chunks_say_what_they_hold(finished):
+    folder = finished / "fp32"
+    entry = json.loads((folder / "chunks" / "00001.json").read_text())
     assert (entry["num_read"], entry["rejected"], sum(entry["class_counts"].values())) == (4, [], 4)
-    manifest = latents.open_manifest(str(tmp_path / "out"))
-    assert storage.sha256((tmp_path / "out" / "chunk-00001.parquet").read_bytes()) == entry["file"]["sha256"]
+    manifest = latents.open_manifest(str(folder))
+    assert storage.sha256((folder / "chunk-00001.parquet").read_bytes()) == entry["file"]["sha256"]
     assert manifest.files[1].sha256 == entry["file"]["sha256"]
