@@ -137,14 +137,14 @@ def overhead_of(rows: list[dict], accounts: list[tuple[float, float]]) -> float:
 
 def measure(quick: bool, checkpoint: str = "", num_samples: int | None = None) -> dict[str, float]:
     """Figures by name."""
-    from mdt_ray.jobs import drawing, stages
+    from mdt_ray.jobs import draw_stages, drawing
     from mdt_ray.jobs.evaluate import evaluate
 
     rows: list[dict] = []
     busy_of = drawing._busy
     drawing._busy = lambda found: (rows.extend(found), busy_of(found))[1]
     for name in ("Draw", "Decode", "Measure"):
-        setattr(stages, name, timed(getattr(stages, name)))
+        setattr(draw_stages, name, timed(getattr(draw_stages, name)))
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint and checkpoints.resolve(storage.absolute(checkpoint))

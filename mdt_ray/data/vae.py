@@ -8,22 +8,23 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from mdt_ray import config_io, storage
 from mdt_ray.config import VaeConfig, require
 from mdt_ray.data.sources import DIGITS
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 @dataclass(frozen=True)
 class Vae:
     """A loaded autoencoder, its scaling, and the hash of its weights."""
 
-    model: AutoencoderKL
+    model: "AutoencoderKL"
     scale: float
     shift: float
     weights_hash: str
@@ -35,8 +36,8 @@ class Vae:
         `autocast_dtype` is the network's; the posterior is float32 in any case.
         """
         with torch.autocast(images.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            parameters = self.model.encode(images).latent_dist.parameters
-        posterior = DiagonalGaussianDistribution(parameters.float())
+            posterior = self.model.encode(images).latent_dist
+        posterior = type(posterior)(posterior.parameters.float())
         return torch.stack([posterior.mean, posterior.std], dim=1)
 
     @torch.inference_mode()
@@ -50,10 +51,17 @@ class Vae:
 
 def load_vae(config: VaeConfig, device: str | torch.device = "cpu") -> Vae:
     """Load by local path, hub id, or `digits`. Raises ValueError if there is no such autoencoder."""
-    model = _open(config, AutoencoderKL.from_pretrained, low_cpu_mem_usage=False)
+    model = _open(config, _autoencoder().from_pretrained, low_cpu_mem_usage=False)
     model = model.eval().requires_grad_(False).to(device)
     return Vae(model=model, scale=model.config.scaling_factor, shift=model.config.shift_factor or 0.0,
                weights_hash=_hash_weights(model))
+
+
+def _autoencoder() -> type["AutoencoderKL"]:
+    """Imported where one is loaded: that takes seconds, and most processes only hand its name on."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL
 
 
 def pin_revision(config: VaeConfig) -> VaeConfig:
@@ -63,13 +71,13 @@ def pin_revision(config: VaeConfig) -> VaeConfig:
     """
     if config.path == "digits" or Path(config.path).is_dir():
         return config
-    _, commit = _open(config, AutoencoderKL.load_config, return_commit_hash=True)
+    _, commit = _open(config, _autoencoder().load_config, return_commit_hash=True)
     return VaeConfig(path=config.path, revision=commit or config.revision)
 
 
 def vae_config(config: VaeConfig) -> dict:
     """The autoencoder's own settings, without its weights. Raises ValueError if there is no such autoencoder."""
-    return _open(config, AutoencoderKL.load_config)
+    return _open(config, _autoencoder().load_config)
 
 
 def downscaling(settings: dict) -> int:
@@ -106,7 +114,7 @@ def vae_fingerprint(config: VaeConfig) -> str:
     return config_io.fingerprint([[f.name, storage.sha256(f.read_bytes())] for f in files])
 
 
-def _hash_weights(model: AutoencoderKL) -> str:
+def _hash_weights(model: torch.nn.Module) -> str:
     digests = {name: storage.sha256(tensor.detach().cpu().contiguous().numpy().tobytes())
                for name, tensor in model.state_dict().items()}
     return config_io.fingerprint([json.dumps(digests, sort_keys=True)])

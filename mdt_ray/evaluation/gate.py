@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, fields
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 MAX_SHARE = 0.01
 """Share of copies, and of pictures of one colour, from which on the set is refused. (Real data sets hold some of both.)"""
@@ -69,10 +69,16 @@ def reasons(facts: Facts, *, num_expected: int, num_classes: int = 0, labels: st
             found.append(f"labels = balanced, but classes have {histogram.min()} to {histogram.max()} images")
         # (The distribution of chi-square is known for five or more a class.)
         enough = labels == "random" and num_classes > 1 and count >= 5 * num_classes
-        if enough and scipy.stats.chisquare(histogram).pvalue < MIN_PROBABILITY:
+        if enough and _probability(histogram) < MIN_PROBABILITY:
             found.append(f"labels = random, but classes have {histogram.min()} to {histogram.max()} images, which chance "
                          f"does not give once in {1 / MIN_PROBABILITY:.0e} times")
     return found
+
+
+def _probability(histogram: np.ndarray) -> float:
+    """That labels drawn uniformly are at least as uneven, by Pearson's chi-square."""
+    expected = histogram.mean()
+    return float(scipy.special.chdtrc(len(histogram) - 1, ((histogram - expected) ** 2 / expected).sum()))
 
 
 def joined(parts: list[Facts]) -> Facts:

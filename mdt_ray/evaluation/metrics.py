@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 import scipy.special
-import scipy.stats
 import torch
 
 from mdt_ray.evaluation import coverage, coverage_float16
@@ -149,7 +148,7 @@ def kernel_distance(ref, samples, *, block_size: int = 1000, seed: int = 0) -> I
     values = np.array([_squared_mmd(ref[a], samples[b]) for a, b in zip(*orders, strict=True)])  # (number,)
     if number == 1:
         return Interval(float(values[0]), float("nan"), float("nan"))
-    half = scipy.stats.t.ppf(0.975, number - 1) * values.std(ddof=1) / number**0.5
+    half = scipy.special.stdtrit(number - 1, 0.975) * values.std(ddof=1) / number**0.5
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
 
 

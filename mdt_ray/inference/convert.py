@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 
@@ -74,12 +73,19 @@ def _read_diffusers(folder: str) -> Weights:
         raise ValueError(f"source = {folder!r}: holds a {config.get('_class_name')}, not a DiTTransformer2DModel")
     with tempfile.TemporaryDirectory() as parent:
         local = storage.fetch_folder(folder, parent)
-        model = DiTTransformer2DModel.from_pretrained(local, low_cpu_mem_usage=False)
+        model = _diffusers_dit().from_pretrained(local, low_cpu_mem_usage=False)
     known = {"num_heads": config["num_attention_heads"], "input_size": config["sample_size"]}
     tensors = model.state_dict()
     # By content: a folder may hold shards of either format.
     digests = [name + storage.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()]
     return Weights(tensors, known, storage.sha256("".join(digests).encode()))
+
+
+def _diffusers_dit() -> type:
+    """Imported where one is converted: that takes a second, and every training imports this file."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel
 
 
 def write_checkpoint(converted: official.Converted, output: str, *, source: str, sha256: str, run: dict[str, Any],
@@ -142,7 +148,7 @@ def export_weights(source: str, layout: official.Layout, output: str, weights: s
         buffer = io.BytesIO()
         torch.save(state_dict, buffer)
         return storage.write_bytes(output, buffer.getvalue())
-    transformer = DiTTransformer2DModel(**official.diffusers_config(model))
+    transformer = _diffusers_dit()(**official.diffusers_config(model))
     transformer.load_state_dict(state_dict, strict=True)
     with tempfile.TemporaryDirectory() as parent:
         transformer.save_pretrained(Path(parent) / "transformer")

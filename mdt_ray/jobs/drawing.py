@@ -5,7 +5,7 @@ from typing import Any
 
 from mdt_ray import config_io, storage
 from mdt_ray.config import EvaluateConfig, WorkersConfig
-from mdt_ray.jobs import fanout, progress, session, stages, units
+from mdt_ray.jobs import draw_stages, fanout, progress, session, stages, units
 from mdt_ray.jobs.measuring import Measurement, chunk_ranges, is_there, missing_items
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ def draw_missing(configs: list[EvaluateConfig], references: list[Measurement], w
         return None
     plain = [config_io.to_dict(config) for config in configs]
     if not pool:
-        return _busy(list(stages.here(stages.drawing(plain, handed, workers), todo)))
+        return _busy(list(stages.here(draw_stages.drawing(plain, handed, workers), todo)))
     session.start()
     sizes = [item["stop"] - item["start"] for item in items]
     with progress.bar(sum(sizes), "image", "evaluate", initial=sum(sizes[k] for k in done)) as bar:
         with progress.watched(progress.Parts(bar, sizes, done).show) as mailbox:
-            busy = _busy(list(fanout.run_stages(todo, stages.drawing(plain, handed, workers, mailbox))))
+            busy = _busy(list(fanout.run_stages(todo, draw_stages.drawing(plain, handed, workers, mailbox))))
     if busy is None:
         return None
     logger.info("%s images/s; samplers computed %.0f%% of their time", units.rate(busy["images_per_second"]),

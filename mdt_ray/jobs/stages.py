@@ -1,100 +1,24 @@
-"""The actors of an evaluation: draw, decode or read, measure. Each does its part of a chunk and hands it on; the last writes
-the chunk's file.
+"""The actors of an evaluation that read and measure pictures; those that draw them are in jobs/draw_stages.py. Each does its
+part of a chunk and hands it on; the last writes the chunk's file.
 
 An item is a small dict, its arrays travel as safetensors bytes. The same item gives the same bytes, whoever works on it.
 """
 
-import dataclasses
 import functools
-import math
-import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from mdt_ray import config_io, storage
-from mdt_ray.config import EvaluateConfig, WorkersConfig
+from mdt_ray.config import WorkersConfig
 from mdt_ray.data.picture_sets import read_range
 from mdt_ray.evaluation import chunks, extractors
-from mdt_ray.inference.sampler import Networks, draw_latents, labels_of, load_decoder, load_networks
 from mdt_ray.jobs import session
 from mdt_ray.jobs.fanout import Stage
-from mdt_ray.training.run import autocast_dtype
 
 ARRAYS = "arrays"
-SHARE = 0.1
-"""Of a GPU, for all decoders together, and for all feature networks: a sampler fits beside them, wherever they are."""
-SAMPLERS_PER_HELPER = 4
-"""Samplers that one decoder and one feature network keep up with: these call a network once, samplers hundreds of times."""
-
-
-class Draw:
-    """Item with plan, start, stop -> latents and labels of these images; loads networks when it first needs them.
-
-    Items of `Read` it passes on to one: an evaluation's few real images are not worth actors of their own.
-    """
-
-    def __init__(self, plain: list[dict[str, Any]], handed: list[dict[str, Any]], workers: dict[str, Any],
-                 mailbox: Any = None):
-        self.read = Read(handed)
-        self.configs = [config_io.from_dict(EvaluateConfig, p) for p in plain]
-        self.device = torch.device(session.settle(WorkersConfig(**workers)))
-        session.full_float32()
-        self.mailbox = mailbox
-        self.networks = functools.lru_cache(maxsize=1)(self._networks)
-
-    def _networks(self, *key: Any) -> Networks:
-        config = next(c for c in self.configs if _networks_of(c) == key)
-        dtype = autocast_dtype(config.precision, self.device)
-        return load_networks(config.checkpoint, config.sampling, self.device, dtype, config.compile)
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        if "exact" in item:
-            return self.read(item)
-        config, start, stop = self.configs[item["plan"]], item["start"], item["stop"]
-        networks = self.networks(*_networks_of(config))
-        began, parts = time.time(), []
-        labels = labels_of(start, stop, networks.num_classes, config.labels, config.seed)  # (n,)
-        busy = 0.0
-        for first, part in _batches(labels, config.sample_batch_size):
-            started = time.perf_counter()
-            parts.append(draw_latents(networks, config.sampling, start + first, part, config.seed).cpu())
-            busy += time.perf_counter() - started
-            if self.mailbox is not None:
-                self.mailbox.put.remote({"chunk": item["number"], "num_read": first + len(part)}, item["number"])
-        return item | _packed(latents=torch.cat(parts).numpy(), labels=labels.numpy()) | {
-            "drawer": f"{os.uname().nodename}:{os.getpid()}", "began": began, "ended": time.time(), "busy": busy}
-
-
-def _networks_of(config: EvaluateConfig) -> tuple[Any, ...]:
-    """What settings must share to share networks."""
-    s = config.sampling
-    return config.checkpoint, s.weights, s.guide, s.guide_weights, config.precision, config.compile
-
-
-class Decode:
-    """Latents -> pictures; keeps latents of the first images, to look for copies. What was read goes on as it is."""
-
-    def __init__(self, plain: list[dict[str, Any]], workers: dict[str, Any]):
-        self.configs = [config_io.from_dict(EvaluateConfig, p) for p in plain]
-        self.device = session.settle(WorkersConfig(**workers))
-        session.full_float32()
-        self.vae = functools.cache(lambda uri: load_decoder(storage.read_json(storage.join(uri, "state.json")), self.device))
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        if "exact" in item:
-            return item
-        config, arrays = self.configs[item["plan"]], load_safetensors(item[ARRAYS])
-        vae, parts = self.vae(config.checkpoint), []
-        for _, part in _batches(torch.from_numpy(arrays["latents"]), config.sample_batch_size):
-            parts.append(vae.decode(part.to(self.device), config.sampling.round_pixels).cpu().permute(0, 2, 3, 1))
-        return item | _packed(pictures=torch.cat(parts).contiguous().numpy(), labels=arrays["labels"],
-                              latents=arrays["latents"][:max(config.keep_images - item["start"], 0)])
 
 
 class Read:
@@ -106,7 +30,7 @@ class Read:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         pictures, labels, num_rejected = read_range(self.handed[item["plan"]], item["start"], item["stop"],
                                                     item["chunk_size"], item["image_size"], item["exact"])
-        return item | _packed(pictures=pictures, labels=labels) | {"num_rejected": num_rejected}
+        return item | packed(pictures=pictures, labels=labels) | {"num_rejected": num_rejected}
 
 
 class Measure:
@@ -126,16 +50,6 @@ class Measure:
         return item | {"num_images": item["stop"] - item["start"]}
 
 
-def drawing(plain: list[dict[str, Any]], handed: list[dict[str, Any]], workers: WorkersConfig,
-            mailbox: Any = None) -> list[Stage]:
-    """The stages of drawn pictures, and of those to compare them with. On GPUs samplers leave a fifth to the others."""
-    count = math.ceil(workers.num_workers / SAMPLERS_PER_HELPER)
-    helper = dataclasses.replace(workers, num_workers=count, gpus_per_worker=workers.gpus_per_worker * SHARE / count)
-    own = dataclasses.replace(workers, gpus_per_worker=workers.gpus_per_worker * (1 - 2 * SHARE))
-    return [Stage(Draw, (plain, handed, vars(own), mailbox), own), Stage(Decode, (plain, vars(helper)), helper, False),
-            Stage(Measure, (vars(helper),), helper, False)]
-
-
 def reading(handed: list[dict[str, Any]], workers: WorkersConfig) -> list[Stage]:
     """The stages of pictures that exist: the feature networks have the workers' devices, and a reader each."""
     readers = WorkersConfig(num_workers=workers.num_workers)
@@ -151,10 +65,6 @@ def here(stages: list[Stage], items: list[dict[str, Any]]) -> Iterator[dict[str,
         yield item
 
 
-def _batches(tensor: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Parts of a tensor and the row that each starts at."""
-    return zip(range(0, len(tensor), size), tensor.split(size), strict=True)
-
-
-def _packed(**arrays: np.ndarray) -> dict[str, bytes]:
+def packed(**arrays: np.ndarray) -> dict[str, bytes]:
+    """The part of an item that holds arrays."""
     return {ARRAYS: save_safetensors({name: np.ascontiguousarray(value) for name, value in arrays.items()})}
