@@ -4,14 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-ray test-rest test-slow lint clean
 
 # Trains on the embedded digits, sweeps, samples, and prints the path of the report page.
 quickstart: $(STAMP)
 	@$(BIN)/mdt-ray quickstart digits
 
+# Two halves side by side: the tests that start Ray, which wait for its processes much of their time, and all others.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	@echo "Some ten minutes; what the tests print comes when they are done"
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going --output-sync=target test-ray test-rest
+
+test-ray test-rest: $(STAMP)
+	$(BIN)/python -m pytest -m "$(if $(findstring ray,$@),ray,not ray) and not slow and not gpu"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

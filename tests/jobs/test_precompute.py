@@ -145,21 +145,18 @@ def test_pieces_are_whole_batches_whatever_the_size():
 
 
 def test_bad_images_are_listed_and_the_job_goes_on(tmp_path, ray_session):
+    """The first chunk has bad images only, and so no file."""
     good = encoded()
-    write_parquet(tmp_path / "s.parquet", [(good, 0), (b"", 1), (good[:60], 0), (good, 1), (b"not an image", 2)])
-    manifest = precompute(encoding(tmp_path / "s.parquet", tmp_path / "out", max_rejected=0.6))
-    assert (manifest.num_rows, manifest.num_rejected) == (2, 3)
-    rejected = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
-    assert [r["id"] for r in rejected] == ["s-1.png", "s-2.png", "s-4.png"]
-    assert rejected[0]["reason"] == "no bytes"
-    assert "not a readable image" in rejected[1]["reason"]
-
-
-def test_a_chunk_of_bad_images_only_has_no_file(tmp_path, ray_session):
-    write_parquet(tmp_path / "s.parquet", [(b"x", 0)] * 4 + [(encoded(), 0)] * 4)
-    manifest = precompute(encoding(tmp_path / "s.parquet", tmp_path / "out", max_rejected=0.5))
+    write_parquet(tmp_path / "s.parquet", [(b"x", 0)] * 4 + [(good, 0), (b"", 1), (good[:60], 0), (good, 1)])
+    config = encoding(tmp_path / "s.parquet", tmp_path / "out", max_rejected=0.8)
+    manifest = precompute(config)
+    assert (manifest.num_rows, manifest.num_rejected) == (2, 6)
     assert [f.name for f in manifest.files] == ["chunk-00001.parquet"]
-    assert precompute(encoding(tmp_path / "s.parquet", tmp_path / "out", max_rejected=0.5)) == manifest
+    rejected = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
+    assert [r["id"] for r in rejected] == [f"s-{i}.png" for i in (0, 1, 2, 3, 5, 6)]
+    assert rejected[4]["reason"] == "no bytes"
+    assert "not a readable image" in rejected[5]["reason"]
+    assert precompute(config) == manifest
 
 
 def test_too_many_bad_images_stop_the_job_and_more_patience_goes_on(tmp_path, ray_session):
