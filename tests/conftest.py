@@ -48,6 +48,6 @@ def ray_session():
     from mdt_ray.jobs import session
 
     os.environ.update(s3.KEYS)  # Ray's workers inherit what is set now
-    session.start()
+    session.start(dashboard=True)  # as `tune` needs it: another start would end the one that tests have the address of
     yield ray
     ray.shutdown()

@@ -5,6 +5,7 @@ import logging
 import os
 
 import ray
+from ray._private.worker import get_dashboard_url
 
 from mdt_ray.config import WorkersConfig
 from mdt_ray.jobs import nodes
@@ -26,17 +27,23 @@ QUIET = {
 }
 
 
-def start() -> None:
-    """Connect once: to RAY_ADDRESS (set inside `ray job submit`), else to a local cluster that ends with this process."""
+def start(dashboard: bool = False) -> None:
+    """Connect once: to RAY_ADDRESS (set inside `ray job submit`), else to a local cluster that ends with this process.
+
+    dashboard: a local cluster needs its processes, which take a percent or two of a small machine, for Tune alone: they
+    free the placement groups of trials that were stopped. One that runs without is started again.
+    """
     if ray.is_initialized():
-        return
+        if not dashboard or os.environ.get("RAY_ADDRESS") or get_dashboard_url():
+            return
+        ray.shutdown()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logger.info("starting Ray: %s", os.environ.get("RAY_ADDRESS", "on this machine"))
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
-        ray.init(address="local", num_cpus=(os.cpu_count() or 1) + WAITING_CPUS, include_dashboard=True,
+        ray.init(address="local", num_cpus=(os.cpu_count() or 1) + WAITING_CPUS, include_dashboard=dashboard,
                  object_store_memory=512 * 1024**2, log_to_driver=False, logging_level=logging.ERROR)
         atexit.register(ray.shutdown)
     context = ray.data.DataContext.get_current()

@@ -91,7 +91,7 @@ def tune(config: TuneConfig) -> list[dict[str, Any]]:
     missing = [t for t in trials if _result(t) is None]
     if missing:
         with run_folder.claim(config.output, run) as token:
-            session.start()
+            session.start(dashboard=True)
             _run_trials(config, missing, len(trials), token)
     failed = [t.name for t in trials if _result(t) is None]
     if failed:
