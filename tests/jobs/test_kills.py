@@ -118,7 +118,8 @@ def test_precompute_decodes_on_other_nodes_and_survives_the_loss_of_one(folder, 
     assert harness.leftovers(lost) == []
 
 
-@pytest.mark.parametrize("victim", ["driver", pytest.param("RayTrainWorker", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["driver", "RayTrainWorker"])
 def test_train_goes_on_after_a_kill(folder, latents, environment, victim):
     def command(name: str) -> list[str]:
         return ["train", "--latents", latents, "--output", f"{folder}/{name}", *TRAIN, "--num-steps", "60",

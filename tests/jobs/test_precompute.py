@@ -63,7 +63,7 @@ def finished(tmp_path_factory, ray_session):
 # What is written
 
 
-@pytest.mark.parametrize("make", [parquet, folders, tars])
+@pytest.mark.parametrize("make", [folders, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (parquet, tars))])
 def test_every_image_is_encoded_once(tmp_path, ray_session, make):
     manifest = precompute(encoding(make(tmp_path / "source"), tmp_path / "out", flip=True))
     assert (manifest.num_rows, manifest.num_classes, manifest.shape, manifest.num_rejected) == (12, 3, [4, 4, 4], 0)
