@@ -209,8 +209,10 @@ def _last_line(job: str, config: Any, result: Any) -> str:
     if job == "train":
         return f"checkpoint {result}"
     if job == "tune":
-        best = result[0]
-        return f"best of {len(result)} trials: {best['overrides']}; table in {config.output}/results.json"
+        best, failed = result["points"][0], len(result["failed"])
+        spread = "" if best["half_width"] is None else f" +- {best['half_width']:.2g} ({best['num_seeds']} seeds)"
+        return (f"best of {len(result['points'])} points: {best['point']}: {result['metric']} {best['mean']:.4g}{spread}\n"
+                + (f"{failed} trials failed\n" if failed else "") + _below(config.output, "results.json"))
     if job == "evaluate":
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
         found = [result["memorisation"] and _memorised(config.output, result["memorisation"]),

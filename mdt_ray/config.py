@@ -610,22 +610,47 @@ class PlanConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Job `tune`: a search space over training settings -> a ranked table."""
+    """Job `tune`: a search space over training and sampling settings -> a ranked table.
+
+    Trials are known by their settings: what the folder already holds of them is not run again. Fields that are None take
+    what the space says, else the default named.
+    """
 
     output: str = operational("")
     """Folder (URI) for the trials and their table."""
-    space: str = "mask_ratio_decoder_depth"
+    space: str = operational("mask_ratio_decoder_depth")
     """A file of tune_spaces/ by name, or the path of one of your own."""
     train: TrainConfig = TrainConfig()
-    """The settings that a trial changes."""
+    """The settings that a trial changes. Every checkpoint kept for good (keep_every_steps) is judged, the last one ranks."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    """How a trial is judged."""
-    max_concurrent_trials: int = operational(1)
-    """Trials that run at the same time."""
+    """How a trial is judged; keys of a space that begin with `evaluate.` change it."""
+    search: Literal["grid", "random", "optuna"] | None = operational(None)
+    """Which points of the space are tried: all combinations, independent draws, or what Optuna's TPE suggests (grid)."""
+    scheduler: Literal["none", "asha", "median"] | None = operational(None)
+    """Trials that end early for their validation loss: none, the worse two thirds at each of ASHA's rungs, or those worse
+    than the median of the others (none)."""
+    grace_share: float = operational(0.2)
+    """Share of its steps that every trial is given before it may be ended early."""
+    cost: Literal["none", "train_seconds", "num_parameters"] | None = operational(None)
+    """What the report draws quality against, and Optuna keeps low too (none)."""
+    equal: Literal["steps", "flops"] | None = operational(None)
+    """What all trials are given: train.num_steps, or as many steps as cost what these cost with the settings of `train`
+    (steps)."""
+    num_seeds: int | None = operational(None)
+    """Trials of each point, with train.seed and the ones after it: the same seeds for all points (1)."""
+    max_trials: int | None = operational(None)
+    """At most so many points: needed for draws and suggestions (all of a grid)."""
+    max_concurrent_trials: int = operational(0)
+    """Trials that run at the same time (0: as many as there is room for)."""
+    retry_failed: bool = operational(False)
+    """Run trials again that failed."""
 
     def __post_init__(self):
-        require(self.max_concurrent_trials >= 1, "max_concurrent_trials", self.max_concurrent_trials,
-                "must be at least 1")
+        require(self.max_concurrent_trials >= 0, "max_concurrent_trials", self.max_concurrent_trials, "must not be negative")
+        require(0 < self.grace_share < 1, "grace_share", self.grace_share, "must be in (0, 1)")
+        for name in ("num_seeds", "max_trials"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,10 +89,17 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
             return float(value)
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             return _checked(value, option, path)
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
         if type(value) is option:
             return value
-    names = " or ".join("None" if o is type(None) else "a list" if typing.get_origin(o) else o.__name__ for o in options)
-    raise ValueError(f"{path} = {value!r}: must be {names}")
+    raise ValueError(f"{path} = {value!r}: must be {' or '.join(map(_name, options))}")
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(map(repr, typing.get_args(hint)))
+    return "None" if hint is type(None) else "a list" if typing.get_origin(hint) else hint.__name__
 
 
 def load_file(cls: type[T], path: str | Path) -> T:

@@ -51,7 +51,7 @@ def digits() -> QuickstartConfig:
         optim=OptimConfig(lr=4e-3, warmup_steps=25, schedule="cosine", schedule_steps=150, clip_norm=1.0),
         batch_size=96, num_lanes=16, num_steps=150, log_every_steps=25, checkpoint_every_steps=75, keep_last=1)
     sweep = TuneConfig(
-        output="runs/digits/tune", train=trial, max_concurrent_trials=2,
+        output="runs/digits/tune", train=trial,
         evaluate=EvaluateConfig(
             reference=real, extractor="digits", num_samples=300, chunk_size=300, keep_images=0, labels="balanced",
             sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=15)))

@@ -49,8 +49,8 @@ def test_a_wrong_command_line_ends_with_2(arguments, message, capsys):
     (["quickstart", "imagenet256-s-2", "--output", "{tmp}/out"], "evaluate.reference = '': not given; name real images"),
     (["tune", "digits", "--output", "{tmp}/out", "--train.latents", "{tmp}/latents", "--evaluate.reference", ""],
      "evaluate.reference = '': not given; name real images"),
-    (["tune", "digits", "--output", "{tmp}/out", "--train.latents", "{tmp}/latents", "--space", "mask_ratio"],
-     "no such search space; did you mean 'mask_ratio_decoder_depth'"),
+    (["tune", "digits", "--output", "{tmp}/out", "--train.latents", "{tmp}/latents", "--space", "mask_ration"],
+     "neither a search space nor the path of a .py file; did you mean 'mask_ratio'"),
 ])
 def test_a_failed_job_ends_with_1_and_one_message(arguments, message, tmp_path, capsys):
     make_latents(tmp_path / "latents")

@@ -7,7 +7,7 @@ import pytest
 
 from mdt_ray import config_io, presets, run_folder, storage
 from mdt_ray.cli import parse
-from mdt_ray.config import ModelConfig, OptimConfig, SamplingConfig, SweepConfig, TrainConfig, WorkersConfig
+from mdt_ray.config import ModelConfig, OptimConfig, SamplingConfig, SweepConfig, TrainConfig, TuneConfig, WorkersConfig
 
 
 def test_round_trip_through_json():
@@ -174,3 +174,10 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     storage.write_json(lock, far | {"renewed": time.time() - 31})
     with run_folder.claim(str(tmp_path), run):
         pass
+
+
+def test_a_choice_may_be_left_open():
+    assert config_io.override(TuneConfig(), {"search": "random"}).search == "random"
+    assert config_io.override(TuneConfig(), {"search": None}).search is None
+    with pytest.raises(ValueError, match="search = 'gird': must be 'grid', 'random', 'optuna' or None"):
+        config_io.override(TuneConfig(), {"search": "gird"})

@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "inference": BASE | {"models", "diffusion", "data", "inference"},
     "evaluation": BASE | {"models", "diffusion", "data", "inference", "evaluation"},
     "report": BASE | {"models", "diffusion", "data", "training", "inference", "evaluation", "report"},
-    "jobs": BASE | {"models", "diffusion", "data", "training", "inference", "evaluation", "report", "jobs"},
+    "tuning": BASE | {"evaluation", "tuning"},
+    "jobs": BASE | {"models", "diffusion", "data", "training", "inference", "evaluation", "report", "tuning", "jobs"},
     "cli": BASE,
     "__init__": set(),
 }

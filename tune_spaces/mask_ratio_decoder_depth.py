@@ -4,7 +4,6 @@
 """
 
 metric = "fid"
-mode = "min"
 
 
 def space() -> dict[str, list]:

@@ -72,9 +72,10 @@ def is_finished(config: TrainConfig) -> bool:
     return checkpoints.steps_done(config.output) >= config.num_steps
 
 
-def train(config: TrainConfig) -> str:
+def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None) -> str:
     """Train to config.num_steps; returns the URI of the newest checkpoint. Does nothing where that is done.
 
+    on_row: gets every row of metrics that is news.
     Raises ValueError as `prepare`, and if the output holds another run or has another writer; Stopped after a signal, with
     a checkpoint written; what a worker raised, once it failed too often.
     """
@@ -101,11 +102,11 @@ def train(config: TrainConfig) -> str:
                             storage.join(config.output, INIT_FROM))
             first_step = checkpoints.newest_step(config.output)
             with (open_trackers(config.track, config.output, run, first_step) as track, stop_signals() as wish,
-                  _shown(config, first_step, track) as on_row):
-                on_the_way = previews.Previews(config, on_row)
+                  _shown(config, first_step, track, on_row) as show):
+                on_the_way = previews.Previews(config, show)
                 try:
                     if not finished:
-                        _train_to_the_end(config, run, token, wish, on_row, on_the_way)
+                        _train_to_the_end(config, run, token, wish, show, on_the_way)
                     on_the_way.finish(wish)
                 finally:
                     on_the_way.cancel()
@@ -114,8 +115,9 @@ def train(config: TrainConfig) -> str:
 
 
 @contextlib.contextmanager
-def _shown(config: TrainConfig, first_step: int, track: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
-    """What is done with a row of metrics on the driver: the bar, and the trackers where it is news.
+def _shown(config: TrainConfig, first_step: int, track: Callable[[dict], None],
+           on_row: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
+    """What is done with a row of metrics on the driver: the bar, and where it is news the trackers and `on_row`.
 
     Workers that go on from a checkpoint send the rows after it again.
     """
@@ -133,6 +135,7 @@ def _shown(config: TrainConfig, first_step: int, track: Callable[[dict], None]) 
             if row["attempt"] != newest[0] or row["step"] > newest[1]:
                 newest = (row["attempt"], row["step"])
                 track(row)
+                on_row(row)
 
         yield show
 

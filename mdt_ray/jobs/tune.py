@@ -1,188 +1,145 @@
-"""Job `tune`: a grid of training settings, each trained and judged as a trial of Ray Tune.
+"""Job `tune`: points of a space, each trained and judged as trials of Ray Tune, then ranked.
 
-The ledger is ours: a trial is named by the hash of what it changes and of all it shares; its result.json is written last,
-and a trial that has one is never run again.
-
-    trials/<name>/train/          its checkpoints
-    trials/<name>/evaluate/       its samples and metrics.json
-    trials/<name>/result.json     written last
-    results.json                  all trials, best first
+The ledger is ours (tuning/trials.py), not Tune's pickled state: the same command again runs the trials that have no result,
+from their newest checkpoints, and no other.
 """
 
 import dataclasses
-import importlib
-import importlib.util
-import itertools
-import json
-import time
-import uuid
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import ray.tune
-
-from mdt_ray import config_io, run_folder, storage
-from mdt_ray.config import EvaluateConfig, TrainConfig, TuneConfig, require
+from mdt_ray import run_folder, storage
+from mdt_ray.config import TuneConfig, require
 from mdt_ray.data import latents
+from mdt_ray.data.latents import Manifest
 from mdt_ray.evaluation import results
-from mdt_ray.jobs import evaluate as evaluating
-from mdt_ray.jobs import fanout, progress, session
-from mdt_ray.jobs import train as training
-from mdt_ray.training.run import run_rank
+from mdt_ray.jobs import search, session
+from mdt_ray.jobs.trial import resolve, resolve_trial
+from mdt_ray.tuning import compare, trials
+from mdt_ray.tuning.space import Space, load_space
+from mdt_ray.tuning.trials import FAILED, FINISHED, STOPPED, Trial
 
-RESULT = "result.json"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One point of the space, resolved."""
-
-    name: str
-    overrides: dict[str, Any]
-    folder: str
-    train: TrainConfig
-    evaluate: EvaluateConfig
+RESULTS = "results.json"
+DEFAULTS = {"search": "grid", "scheduler": "none", "cost": "none", "equal": "steps", "num_seeds": 1}
+METRICS = {"inception": {"fid", "sfid", "is", "precision", "recall", "kid"}, "dinov2": {"fid", "precision", "recall", "kid"},
+           "digits": {"fid", "sfid", "is", "precision", "recall", "kid", "label_accuracy"}}
+"""What an evaluation gives, by extractor."""
 
 
-def load_space(name: str) -> ModuleType:
-    """A space by name (a file of tune_spaces/) or by path. Raises ValueError if there is none."""
-    if name.endswith(".py"):
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"space = {name!r}: no such file")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    package = importlib.import_module("tune_spaces")
-    known = sorted(p.stem for p in Path(package.__path__[0]).glob("*.py") if p.stem != "__init__")
-    if name not in known:
-        raise ValueError(f"space = {name!r}: no such search space{config_io.suggestion(name, known)}, "
-                         "or the path of a .py file")
-    return importlib.import_module(f"tune_spaces.{name}")
+def tune(config: TuneConfig) -> dict[str, Any]:
+    """Run the trials that have no result yet; returns the content of results.json.
 
-
-def grid(space: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Every combination of a space's values. Raises ValueError for an empty one."""
-    for key, values in space.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"space[{key!r}] = {values!r}: must be a list of at least one value")
-    return [dict(zip(space, point, strict=True)) for point in itertools.product(*space.values())]
-
-
-def tune(config: TuneConfig) -> list[dict[str, Any]]:
-    """Run the trials that have no result yet; returns all results, best first.
-
-    Raises ValueError for a bad space or setting before anything starts, and RuntimeError naming the trials that failed.
+    Raises ValueError for a bad space or setting before anything starts, and RuntimeError where trials did not end, or none
+    finished.
     """
     config = dataclasses.replace(config, output=storage.absolute(config.output))
-    if config.train.workers.num_workers != 1:
-        raise ValueError(f"train.workers.num_workers = {config.train.workers.num_workers}: a trial is one process; "
-                         "raise max_concurrent_trials instead")
     require(bool(config.evaluate.reference), "evaluate.reference", "", "not given; name real images, or statistics of them")
     space = load_space(config.space)
-    points = grid(space.space())
+    config = settled(config, space)
     manifest = latents.open_manifest(config.train.latents)
-    run = run_folder.describe("tune", config, {"latents": manifest.content, "space": space.space()} | _shared(config))
+    run = run_folder.describe("tune", config, {"latents": manifest.content})
     run_folder.check_identity(config.output, run)
-    trials = [_trial(config, point) for point in points]
-    missing = [t for t in trials if _result(t) is None]
+    _check(config, space, manifest)
+    wanted = _listed(config, space) if config.search != "optuna" else _known(config)
+    for t in wanted:
+        if config.retry_failed and (t.result() or {}).get("status") == FAILED:
+            storage.remove(t.folder)
+    missing = sum(t.result() is None for t in wanted)
+    if config.search == "optuna":
+        missing += max(config.max_trials - len(wanted), 0)
     if missing:
         with run_folder.claim(config.output, run) as token:
             session.start(dashboard=True)
-            _run_trials(config, missing, len(trials), token)
-    failed = [t.name for t in trials if _result(t) is None]
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(trials)} trials have no result ({', '.join(failed)}); run the same "
-                           "command again to go on with them")
-    metric = objective(config, space)
-    ranked = sorted((_result(t) for t in trials), key=lambda r: r["metrics"][metric], reverse=space.mode == "max")
-    table = {"metric": metric, "mode": space.mode, "space": space.space(), "trials": ranked}
-    uri = storage.join(config.output, "results.json")
-    if not storage.exists(uri) or storage.read_json(uri) != json.loads(json.dumps(table)):
-        storage.write_json(uri, table)
-    return ranked
+            session.require_room(config.train.workers)
+            if config.search == "optuna":
+                search.run_suggested(config, space, wanted, objective(config, space), token)
+                wanted = _known(config)
+            else:
+                search.run_listed(config, wanted, token)
+    return _written(config, space, wanted)
 
 
-def objective(config: TuneConfig, space: ModuleType) -> str:
+def _listed(config: TuneConfig, space: Space) -> list[Trial]:
+    """The trials of a grid, or of draws."""
+    count = config.max_trials
+    return resolve(config, space.grid()[:count] if config.search == "grid" else space.drawn(count, config.train.seed))
+
+
+def _known(config: TuneConfig) -> list[Trial]:
+    """Trials in the folder that are of these settings."""
+    found = []
+    for result in trials.results_in(config.output):
+        try:
+            t = resolve_trial(config, result["point"], result["seed"])
+        except ValueError:
+            continue
+        found += [t] if t.name == result["name"] else []
+    return found
+
+
+def _check(config: TuneConfig, space: Space, manifest: Manifest) -> None:
+    """Raise ValueError for what would only show after hours."""
+    known = METRICS[config.evaluate.extractor]
+    require(space.metric in known, "metric", space.metric,
+            f"no trial reports it; evaluate.extractor = {config.evaluate.extractor!r} gives {', '.join(sorted(known))}")
+    if config.search != "grid":
+        require(config.max_trials is not None, "max_trials", None, f"search = {config.search!r} has no end without")
+    if config.search == "optuna":
+        space.drawn(1, 0)
+        require(config.num_seeds == 1, "num_seeds", config.num_seeds, "must be 1 for search = 'optuna'; try its best points "
+                "again with more seeds, as a list of trials in a space of your own")
+    if config.scheduler != "none":
+        steps = config.train.validate_every_steps
+        require(manifest.num_train < manifest.num_rows, "scheduler", config.scheduler, "needs a validation loss, but the "
+                "latents hold out no image; precompute with --validation-share 0.01, or use --scheduler none")
+        require(0 < steps < config.train.num_steps, "train.validate_every_steps", steps, f"must be in 1 .. "
+                f"train.num_steps - 1 for scheduler = {config.scheduler!r}, which goes by the validation loss")
+
+
+def settled(config: TuneConfig, space: Space) -> TuneConfig:
+    """The config without None: what nobody gave is the space's choice, or the default."""
+    defaults = DEFAULTS | space.defaults
+    return dataclasses.replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+
+
+def objective(config: TuneConfig, space: Space) -> str:
     """Name of the metric that ranks the trials; it carries the number of samples, since it is no full evaluation."""
     return results.metric_name(space.metric, config.evaluate.extractor, config.evaluate.num_samples)
 
 
-def _trial(config: TuneConfig, overrides: dict[str, Any]) -> Trial:
-    changed = config_io.override(config.train, overrides)  # an unknown key stops here
-    name = config_io.fingerprint({"overrides": overrides} | _shared(config))[:12]
-    folder = storage.join(config.output, "trials", name)
-    resolved, _, _ = training.prepare(dataclasses.replace(changed, output=storage.join(folder, "train")))
-    judged = dataclasses.replace(config.evaluate, checkpoint=resolved.output, output=storage.join(folder, "evaluate"))
-    return Trial(name=name, overrides=overrides, folder=folder, train=resolved, evaluate=judged)
+def _ended(t: Trial, retry_failed: bool) -> bool:
+    found = t.result()
+    return found is not None and not (retry_failed and found["status"] == FAILED)
 
 
-def _shared(config: TuneConfig) -> dict[str, Any]:
-    """What all trials have in common and a result depends on: to a trial its number of steps is no operational matter."""
-    return {"train": config_io.identity_fields(config.train), "num_steps": config.train.num_steps,
-            "evaluate": config_io.identity_fields(config.evaluate)}
+def _written(config: TuneConfig, space: Space, wanted: list[Trial]) -> dict[str, Any]:
+    """results.json: points best first, and what became of each trial."""
+    metric = objective(config, space)
+    ended = [result for t in wanted if (result := t.result()) is not None]
+    by_status = {status: [r for r in ended if r["status"] == status] for status in (FINISHED, STOPPED, FAILED)}
+    finished, failed = by_status[FINISHED], by_status[FAILED]
+    if config.search == "optuna":
+        failed += [r for r in trials.results_in(config.output) if r["name"].startswith(trials.INVALID)]
+    left = len(wanted) - len(ended)
+    if left:
+        raise RuntimeError(f"{left} of {len(wanted)} trials did not end; run the same command again to go on with them")
+    if not finished:
+        raise RuntimeError(f"all {len(failed)} trials failed, the first one: {failed[0]['reason']}; mend what is wrong, and "
+                           "--retry-failed runs them again")
+    rows = compare.ranked(finished, metric, space.mode)
+    order = [row.point for row in rows]
+    table = {"metric": metric, "mode": space.mode, "space": space.described(),
+             "points": [_plain(row, space) for row in rows],
+             "trials": sorted(finished, key=lambda r: (order.index(r["point"]), r["seed"])),
+             "stopped": by_status[STOPPED], "failed": failed}
+    uri = storage.join(config.output, RESULTS)
+    if not storage.exists(uri) or storage.read_json(uri) != table:
+        storage.write_json(uri, table)
+    return table
 
 
-def _result(trial: Trial) -> dict[str, Any] | None:
-    uri = storage.join(trial.folder, RESULT)
-    return storage.read_json(uri) if storage.exists(uri) else None
-
-
-def _run_trials(config: TuneConfig, trials: list[Trial], total: int, token: str) -> None:
-    with progress.bar(total, "trial", "tune", initial=total - len(trials)) as bar:
-        tuner = ray.tune.Tuner(
-            ray.tune.with_resources(_run_trial, {"CPU": config.train.workers.cpus_per_worker,
-                                                 "GPU": config.train.workers.gpus_per_worker}),
-            param_space={"settings": ray.tune.grid_search([_plain(config, t, token) for t in trials])},
-            tune_config=ray.tune.TuneConfig(max_concurrent_trials=config.max_concurrent_trials,
-                                            trial_dirname_creator=lambda trial: trial.trial_id),
-            run_config=ray.tune.RunConfig(name=uuid.uuid4().hex[:12], storage_path=storage.join(config.output, "ray"),
-                                          verbose=0, callbacks=[_Count(bar)]))
-        grid_results = tuner.fit()
-    errors = [result.error for result in grid_results if result.error is not None]
-    storage.remove(storage.join(config.output, "ray"))
-    if errors:
-        raise fanout.root_cause(errors[0]) from None
-
-
-class _Count(ray.tune.Callback):
-    """Moves the bar on. Tune pickles its callbacks, and a bar on a terminal cannot be: it stays behind."""
-
-    def __init__(self, bar: Any):
-        self.bar = bar
-
-    def on_trial_complete(self, iteration, trials, trial, **info):
-        self.bar.update(1)
-
-    def __reduce__(self):
-        return ray.tune.Callback, ()
-
-
-def _plain(config: TuneConfig, trial: Trial, token: str) -> dict[str, Any]:
-    return {"name": trial.name, "overrides": trial.overrides, "folder": trial.folder,
-            "train": config_io.to_dict(trial.train), "evaluate": config_io.to_dict(trial.evaluate),
-            "reference_root": storage.join(config.output, "reference"), "sweep": config.output, "token": token}
-
-
-def _run_trial(params: dict[str, Any]) -> None:
-    """One trial, in a process of Ray Tune: train from its newest checkpoint, evaluate, write the result."""
-    settings = params["settings"]
-    config, manifest, run = training.prepare(config_io.from_dict(TrainConfig, settings["train"]))
-    judged = config_io.from_dict(EvaluateConfig, settings["evaluate"])
-    device = session.settle(config.workers)
-    started = time.perf_counter()
-    # The sweep's claim covers its trials: a trial that outlives a killed sweep must not stop the next sweep's.
-    run_folder.record(config.output, run)
-    state = run_rank(config, manifest, run, device=device, report=lambda row: ray.tune.report(row),
-                     may_write=lambda: run_folder.holds(settings["sweep"], settings["token"]))
-    trained = time.perf_counter()
-    found = evaluating.evaluate_many([judged], settings["reference_root"], pool=False)[0]
-    values = found["metrics"]
-    storage.write_json(storage.join(settings["folder"], RESULT), {
-        "name": settings["name"], "overrides": settings["overrides"], "metrics": values, "curve": state.history,
-        "num_parameters": state.model.num_parameters(), "train_seconds": trained - started,
-        "seconds": time.perf_counter() - started})
-    ray.tune.report(values)
+def _plain(row: compare.Row, space: Space) -> dict[str, Any]:
+    found = {"point": row.point, "mean": row.estimate.mean, "half_width": row.estimate.half_width,
+             "num_seeds": row.estimate.num_seeds, "to_best": None}
+    if row.to_best:
+        found["to_best"] = dataclasses.asdict(row.to_best) | {"is_noise": row.to_best.is_noise}
+    return found | ({"published": space.paper.value(row.point)} if space.paper else {})

@@ -35,14 +35,14 @@ pre { overflow-x: auto; background: #f4f6f9; padding: .8rem; border-radius: 6px;
 
 
 def write(config: QuickstartConfig, evaluations: dict[str, EvaluateConfig], results: dict[str, dict[str, Any]],
-          sweep: list[dict[str, Any]], seconds: dict[str, float]) -> str:
+          sweep: dict[str, Any], seconds: dict[str, float]) -> str:
     """Write <output>/report/index.html; returns its path. A page that shows these results already is left alone.
 
     Args:
         config: resolved, the folders of all jobs in it.
         evaluations, results: settings and metrics.json of each evaluation by name; `guided`, and `unguided-...` for each
             checkpoint kept, oldest first.
-        sweep: results of the trials, best first.
+        sweep: content of results.json.
         seconds: time that each stage took.
     """
     uri = storage.join(config.output, "report", "index.html")
@@ -56,7 +56,7 @@ def write(config: QuickstartConfig, evaluations: dict[str, EvaluateConfig], resu
         _samples(config, evaluations["guided"], results["guided"]),
         _training(config, list(unguided.values())),
         _progress(evaluations, unguided),
-        _sweep(config, sweep),
+        _sweep(sweep),
         _metrics(results["guided"], list(unguided.values())[-1]),
         _stages(seconds),
         _reproduce(config, results["guided"]),
@@ -141,22 +141,21 @@ def _progress(evaluations: dict[str, EvaluateConfig], unguided: dict[str, dict])
                     _img(figures.grid(rows, labels), "samples at each checkpoint kept"))
 
 
-def _sweep(config: QuickstartConfig, sweep: list[dict[str, Any]]) -> str:
-    table = storage.read_json(storage.join(config.tune.output, "results.json"))
-    metric, keys = table["metric"], list(table["space"])
+def _sweep(sweep: dict[str, Any]) -> str:
+    metric, trials, keys = sweep["metric"], sweep["trials"], list(sweep["trials"][0]["point"])
     head = [*keys, metric, "final loss", "parameters", "training s"]
-    rows = [[*(r["overrides"][k] for k in keys), f"{r['metrics'][metric]:.4g}", f"{r['curve'][-1]['loss']:.4f}",
-             f"{r['num_parameters']:,}", f"{r['train_seconds']:.1f}"] for r in sweep]
+    rows = [[*(t["point"][k] for k in keys), f"{t['metrics'][metric]:.4g}", f"{t['curve'][-1]['loss']:.4f}",
+             f"{t['num_parameters']:,}", f"{t['train_seconds']:.1f}"] for t in trials]
     pictures = ""
     if len(keys) == 2:
-        xs, ys = (table["space"][k] for k in keys)
+        xs, ys = (sweep["space"][k] for k in keys)
         values = np.full((len(ys), len(xs)), np.nan)
-        for r in sweep:
-            values[ys.index(r["overrides"][keys[1]]), xs.index(r["overrides"][keys[0]])] = r["metrics"][metric]
+        for row in sweep["points"]:
+            values[ys.index(row["point"][keys[1]]), xs.index(row["point"][keys[0]])] = row["mean"]
         pictures = _img(figures.heat_map([str(x) for x in xs], [str(y) for y in ys], values, keys[0], keys[1], metric),
                         f"{metric} over {keys[0]} and {keys[1]}")
-    steps = sweep[0]["curve"][-1]["step"]
-    return _section("Sweep", f"{len(sweep)} trials of {steps} steps each, best first. So short a run ranks settings by how "
+    steps = trials[0]["curve"][-1]["step"]
+    return _section("Sweep", f"{len(trials)} trials of {steps} steps each, best first. So short a run ranks settings by how "
                     "fast they start, with one seed: not by how good they become.",
                     f'<div class="scroll">{_table(head, rows)}</div>{pictures}')
 

@@ -1,0 +1,146 @@
+"""One trial of a sweep: what its point means, and its run in a process of Ray Tune, which trains from the newest checkpoint,
+judges, and writes down how it ended.
+
+Where a trial has one worker, that is this process; several are launched as `train` does, and this process waits for them.
+"""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mdt_ray import checkpoints, config_io, run_folder, storage
+from mdt_ray.config import LossConfig, ModelConfig, TrainConfig, TuneConfig
+from mdt_ray.jobs import evaluate as evaluating
+from mdt_ray.jobs import session
+from mdt_ray.jobs import train as training
+from mdt_ray.training import cost as costs
+from mdt_ray.training.run import METRICS, TrainingDiverged, run_rank
+from mdt_ray.training.step import build_model
+from mdt_ray.training.trackers import open_trackers
+from mdt_ray.tuning.space import Point
+from mdt_ray.tuning.trials import FAILED, FINISHED, Trial
+
+logger = logging.getLogger(__name__)
+FAILURES = (ValueError, TrainingDiverged, torch.OutOfMemoryError)
+"""What is the trial's own fault, and would come again."""
+EVALUATE = "evaluate."
+
+
+def resolve(config: TuneConfig, points: list[Point]) -> list[Trial]:
+    """All trials of the points, a seed after the other. Raises ValueError where a point is no valid setting."""
+    seeds = range(config.train.seed, config.train.seed + config.num_seeds)
+    trials = [resolve_trial(config, point, seed) for seed in seeds for point in points]
+    return list({t.name: t for t in trials}.values())
+
+
+def resolve_trial(config: TuneConfig, point: Point, seed: int) -> Trial:
+    """A trial with its folders, and named by all that its result depends on.
+
+    Raises ValueError for an unknown or bad setting, and as `training.prepare`.
+    """
+    judged = {key.removeprefix(EVALUATE): value for key, value in point.items() if key.startswith(EVALUATE)}
+    changes = {key: value for key, value in point.items() if not key.startswith(EVALUATE)}
+    train, _, _ = training.prepare(config_io.override(config.train, changes | {"seed": seed}))
+    if config.equal == "flops":
+        train = at_equal_cost(train, training.prepare(config.train)[0])
+    train, _, run = training.prepare(train)
+    evaluate = config_io.override(config.evaluate, judged, where="evaluate")
+    # To a trial, its number of steps and the checkpoints judged are no operational matter.
+    trained = {"train": run["identity"], "num_steps": train.num_steps, "kept": train.keep_every_steps}
+    name = config_io.fingerprint(trained | {"evaluate": config_io.identity_fields(evaluate)})[:12]
+    output = storage.join(config.output, "trainings", config_io.fingerprint(trained)[:12])
+    return Trial(name=name, point=point, seed=seed, folder=storage.join(config.output, "trials", name),
+                 train=dataclasses.replace(train, output=output), evaluate=evaluate)
+
+
+def at_equal_cost(train: TrainConfig, base: TrainConfig) -> TrainConfig:
+    """`train` with as many steps as take the operations of the base's, and its learning rate's schedule as much longer."""
+    ratio = _flops(base.model, base.loss) / _flops(train.model, train.loss) * base.num_steps / train.num_steps
+    steps = train.optim.schedule_steps
+    optim = dataclasses.replace(train.optim, schedule_steps=steps and round(steps * ratio))
+    return dataclasses.replace(train, num_steps=round(train.num_steps * ratio), optim=optim)
+
+
+@functools.lru_cache
+def _flops(model: ModelConfig, loss: LossConfig) -> int:
+    """Of an image, forward and backward."""
+    return costs.count(TrainConfig(model=model, loss=loss), None, on_gpu=False).training_flops
+
+
+def run(trial: Trial, reference_root: str, may_write: Callable[[], bool],
+        on_row: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Bring a trial to its end; returns its result. Where it has one, only its rows are told again.
+
+    Args:
+        reference_root: folder of the real images' features, which trials share.
+        may_write: whether the sweep that started this process still holds its folder.
+        on_row: gets every row of metrics, those of an earlier run too.
+    Raises what is not the trial's own fault, such as a lost worker: it goes on the next time.
+    """
+    known = trial.result()
+    if known is not None:
+        for row in known.get("curve", []):
+            on_row(row)
+        return known
+    started = time.perf_counter()
+    try:
+        rows = _train(trial.train, may_write, on_row)
+        judged = [{"step": step, "metrics": metrics} | _cost(rows, step) for step, metrics in _judge(trial, reference_root)]
+    except FAILURES as error:
+        logger.warning("trial %s failed: %s", trial.name, error)
+        return trial.end(FAILED, reason=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started)
+    last = judged[-1]
+    return trial.end(FINISHED, metrics=last["metrics"], judged=judged, curve=rows, train_seconds=last["train_seconds"],
+                     num_parameters=_num_parameters(trial.train), seconds=time.perf_counter() - started)
+
+
+def _train(config: TrainConfig, may_write: Callable[[], bool],
+           on_row: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+    """Train to the end; returns the rows of metrics."""
+    newest = checkpoints.list_finished(config.output)[-1:]
+    for row in checkpoints.read_metrics(storage.join(newest[0], METRICS)) if newest else []:
+        on_row(row)
+    if config.workers.num_workers > 1:
+        training.train(config, on_row)
+        return checkpoints.read_metrics(storage.join(config.output, METRICS))
+    config, manifest, described = training.prepare(config)
+    # The sweep's claim covers its trials: a trial that outlives a killed sweep must not stop the next sweep's.
+    run_folder.record(config.output, described)
+    device = session.settle(config.workers, config.deterministic)
+    with open_trackers(config.track, config.output, described, checkpoints.newest_step(config.output)) as track:
+        def told(row: dict[str, Any]) -> None:
+            track(row)
+            on_row(row)
+
+        return run_rank(config, manifest, described, device=device, report=told, may_write=may_write).history
+
+
+def _judge(trial: Trial, reference_root: str) -> list[tuple[int, dict[str, float]]]:
+    """Steps and metrics of the checkpoints kept for good, and of the last one."""
+    every, last = trial.train.keep_every_steps, trial.train.num_steps
+    found = {checkpoints.step_of(uri): uri for uri in checkpoints.list_finished(trial.train.output)}
+    steps = [step for step in found if step == last or (every and step and step % every == 0)]
+    configs = [dataclasses.replace(trial.evaluate, checkpoint=found[step],
+                                   output=storage.join(trial.folder, f"judged-{step}")) for step in steps]
+    judged = evaluating.evaluate_many(configs, reference_root, pool=False)
+    return [(step, metrics["metrics"]) for step, metrics in zip(steps, judged, strict=True)]
+
+
+def _cost(rows: list[dict[str, Any]], step: int) -> dict[str, float]:
+    """Images seen and seconds of training (without validation, checkpoints and starts) until a step."""
+    images, seconds = 0, 0.0
+    for row in rows:
+        if row["step"] <= step and "images_per_second" in row:
+            seconds += (row["images_seen"] - images) / row["images_per_second"]
+            images = row["images_seen"]
+    return {"images_seen": images, "train_seconds": seconds}
+
+
+def _num_parameters(config: TrainConfig) -> int:
+    with torch.device("meta"):
+        return build_model(config.model, config.loss.passes).num_parameters()

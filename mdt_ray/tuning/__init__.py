@@ -1,0 +1,1 @@
+"""Sweeps without Ray: spaces of settings, and what is made of trials' results."""

@@ -1,0 +1,97 @@
+"""What trials say once some of them differ in nothing but the seed: means with intervals, and which differences are larger
+than the noise.
+
+Trials of one seed saw the same images, noise and masks in the same order, so that differences are taken seed by seed: what
+the seed does to both cancels.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from mdt_ray.tuning.space import Point
+
+LEVEL = 0.95
+"""Of the intervals."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, and half the width of its interval by Student's t; None where one seed tells nothing of it."""
+
+    mean: float
+    half_width: float | None
+    num_seeds: int
+
+    @property
+    def is_noise(self) -> bool | None:
+        """Of a difference: whether its interval holds 0. None where there is no interval."""
+        return None if self.half_width is None else abs(self.mean) <= self.half_width
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean of values that differ by chance, one at least."""
+    found = np.asarray(values, np.float64)
+    if found.size < 2:
+        return Estimate(float(found.mean()), None, found.size)
+    quantile = scipy.special.stdtrit(found.size - 1, (1 + LEVEL) / 2)
+    return Estimate(float(found.mean()), float(quantile * found.std(ddof=1) / math.sqrt(found.size)), found.size)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point of the space: its values by seed, their mean, and how it differs from the best point."""
+
+    point: Point
+    values: dict[int, float]
+    estimate: Estimate
+    to_best: Estimate | None
+    """Of the paired differences; None for the best point itself, and without a seed that both have."""
+
+
+def ranked(results: Sequence[Mapping[str, Any]], metric: str, mode: str) -> list[Row]:
+    """Points of finished trials, the best mean first; of equal ones the first stays first.
+
+    Args:
+        results: each with `point`, `seed` and `metrics`, which have `metric`.
+        mode: `min` or `max`, which is better.
+    """
+    values: dict[str, dict[int, float]] = defaultdict(dict)
+    points: dict[str, Point] = {}
+    for result in results:
+        key = repr(sorted(result["point"].items()))
+        points[key] = result["point"]
+        values[key][result["seed"]] = result["metrics"][metric]
+    sign = -1 if mode == "max" else 1
+    order = sorted(points, key=lambda key: sign * float(np.mean(list(values[key].values()))))
+    return [Row(points[key], values[key], estimate(list(values[key].values())),
+                difference(values[key], values[order[0]]) if key != order[0] else None) for key in order]
+
+
+def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Estimate | None:
+    """Mean of values less others over the seeds that both have."""
+    shared = sorted(values.keys() & others.keys())
+    return estimate([values[seed] - others[seed] for seed in shared]) if shared else None
+
+
+def importance(rows: Sequence[Row]) -> dict[str, float]:
+    """Share of the variance between points that the mean over each setting's values explains, by setting, largest first.
+
+    Main effects only: what two settings do together counts for neither. Of settings that take one value, nothing.
+    """
+    means = np.array([row.estimate.mean for row in rows])
+    total = means.var()
+    shares = {}
+    for key in dict.fromkeys(key for row in rows for key in row.point):
+        groups: dict[str, list[float]] = defaultdict(list)
+        for row, mean in zip(rows, means, strict=True):
+            groups[repr(row.point.get(key))].append(mean)
+        if len(groups) > 1:
+            between = sum(len(group) * (np.mean(group) - means.mean()) ** 2 for group in groups.values()) / len(means)
+            shares[key] = float(between / total) if total > 0 else 0.0
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))

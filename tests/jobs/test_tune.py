@@ -1,0 +1,214 @@
+"""tune on a real Ray: what it runs, records, leaves out the next time, and refuses before anything starts."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mdt_ray import config_io, presets
+from mdt_ray.config import TuneConfig
+from mdt_ray.jobs.trial import resolve
+from mdt_ray.jobs.tune import settled, tune
+from mdt_ray.tuning.space import load_space
+from tests import harness
+from tests.helpers import make_latents
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory, ray_session) -> str:
+    folder = str(tmp_path_factory.mktemp("tune") / "latents")
+    harness.run_here(["precompute", "digits", "--output", folder, "--workers.num-workers", "1"])
+    return folder
+
+
+def sweep(folder, latents, space: str, **changes) -> TuneConfig:
+    """Trials of a few seconds, of the points that `space` is the text of."""
+    folder.mkdir(exist_ok=True)
+    (folder / "own.py").write_text(f"metric = 'fid'\ndef space():\n    return {space}\n")
+    return config_io.override(presets.digits().tune, {
+        "output": str(folder / "out"), "space": str(folder / "own.py"), "train.latents": latents, "train.num_steps": 10,
+        "train.checkpoint_every_steps": 5, "train.keep_every_steps": 5, "train.log_every_steps": 5,
+        "train.validate_every_steps": 5, "evaluate.num_samples": 40} | changes)
+
+
+def results_of(folder) -> dict[str, dict]:
+    return {path.parent.name: json.loads(path.read_text()) for path in (folder / "out" / "trials").glob("*/result.json")}
+
+
+@pytest.mark.ray
+def test_trials_are_run_once_whatever_becomes_of_them(latents, tmp_path):
+    """Two seeds of three points, of which one diverges; then the same again; then a third seed of two, with a retry."""
+    space = "[{'loss.mask_ratio': 0.3}, {'loss.mask_ratio': 0.6}, {'optim.lr': 1e30}]"
+    config = sweep(tmp_path, latents, space, num_seeds=2)
+    table = tune(config)
+    assert table["metric"] == "fid_digits_40"
+    assert [len(table[key]) for key in ("points", "trials", "failed")] == [2, 4, 2]
+    best, other = table["points"]
+    assert best["mean"] < other["mean"]
+    assert best["num_seeds"] == 2
+    assert best["half_width"] > 0
+    pairs = [[t["metrics"]["fid_digits_40"] for t in table["trials"] if t["point"] == p["point"]] for p in (best, other)]
+    assert other["to_best"]["mean"] == pytest.approx(sum(b - a for a, b in zip(*pairs, strict=True)) / 2)
+    for result in table["failed"]:
+        assert result["point"] == {"optim.lr": 1e30}
+        assert result["reason"].startswith("ValueError: ") or result["reason"].startswith("TrainingDiverged: ")
+    for trial in table["trials"]:
+        assert [judged["step"] for judged in trial["judged"]] == [5, 10], "kept checkpoints are judged too"
+        assert trial["judged"][-1]["metrics"] == trial["metrics"]
+        assert [judged["images_seen"] for judged in trial["judged"]] == [480, 960]
+        assert 0 < trial["judged"][0]["train_seconds"] < trial["train_seconds"] < trial["seconds"]
+        assert "val_loss" in trial["curve"][-1]
+    assert not (tmp_path / "out" / "ray").exists()
+
+    def times() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    before = times()
+    assert tune(config) == table
+    assert times() == before, "nothing was run or written again"
+    config = sweep(tmp_path, latents, space.replace("{'loss.mask_ratio': 0.6}, ", ""), num_seeds=3, retry_failed=True)
+    held = results_of(tmp_path)
+    wider = tune(config)
+    assert [len(wider[key]) for key in ("points", "trials", "failed")] == [1, 3, 3]
+    changed = {name for name, result in results_of(tmp_path).items() if result != held.get(name)}
+    assert changed == {t["name"] for t in wider["failed"]} | ({t["name"] for t in wider["trials"]} - held.keys())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ways_to_judge_share_a_training(latents, tmp_path):
+    config = sweep(tmp_path, latents, "{'evaluate.sampling.cfg_scale': [1.0, 3.0], 'loss.mask_ratio': [0.3]}")
+    table = tune(config)
+    assert len(table["trials"]) == 2
+    assert len(list((tmp_path / "out" / "trainings").iterdir())) == 1
+    assert table["trials"][0]["curve"] == table["trials"][1]["curve"]
+    assert table["trials"][0]["metrics"] != table["trials"][1]["metrics"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_of_several_workers_is_that_of_one(latents, tmp_path):
+    found = []
+    for workers in (1, 2):
+        config = sweep(tmp_path / str(workers), latents, "{'loss.mask_ratio': [0.3]}",
+                       **{"train.workers.num_workers": workers, "train.precision": "fp32"})
+        found.append(tune(config)["trials"][0])
+    one, two = ([row["loss"] for row in trial["curve"]] for trial in found)
+    assert one == pytest.approx(two, rel=1e-5)
+    assert found[0]["name"] == found[1]["name"], "the number of workers is no part of what a trial is"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("scheduler", ["asha", pytest.param("median", marks=pytest.mark.slow)])
+def test_trials_that_do_not_learn_end_early_and_stay_so(latents, tmp_path, scheduler):
+    """Learning rates from good to none, one trial after the other, so that each is compared with those before."""
+    rates = [4e-3, 2e-3, 1e-3, 1e-6, 1e-7, 1e-8]
+    config = sweep(tmp_path, latents, f"{{'optim.lr': {rates}}}", scheduler=scheduler, max_concurrent_trials=1, **{
+        "train.num_steps": 40, "train.checkpoint_every_steps": 40, "train.keep_every_steps": 0, "grace_share": 0.25,
+        "train.optim.warmup_steps": 0, "train.ema.decay": 0.5})
+    table = tune(config)
+    stopped = {result["point"]["optim.lr"] for result in table["stopped"]}
+    assert stopped & {1e-6, 1e-7, 1e-8}
+    assert 4e-3 in {result["point"]["optim.lr"] for result in table["trials"]}
+    for result in table["stopped"]:
+        assert 10 <= result["curve"][-1]["step"] < 40, "after its grace, before its end"
+        assert result["reason"].startswith(f"{scheduler}: its val_loss was among the worse at step")
+    assert len(table["stopped"]) + len(table["trials"]) == len(rates)
+    held = results_of(tmp_path)
+    (tmp_path / "out" / "trials" / table["trials"][0]["name"] / "result.json").unlink()
+    again = tune(config)
+    assert {name: r for name, r in results_of(tmp_path).items() if name in held and r["status"] == "stopped"} == {
+        name: r for name, r in held.items() if r["status"] == "stopped"}
+    assert [t["metrics"] for t in again["trials"]] == [t["metrics"] for t in table["trials"]]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("cost", ["none", "num_parameters"])
+def test_optuna_goes_on_from_what_is_known(latents, tmp_path, cost):
+    """Eight blocks cannot have nine in their decoder: such a point is written down as failed, and others are suggested."""
+    space = "{'loss.mask_ratio': ray.tune.uniform(0.1, 0.8), 'model.decode_layer': [1, 2, 9]}"
+    config = sweep(tmp_path, latents, space, search="optuna", max_trials=4, cost=cost, max_concurrent_trials=1,
+                   **{"train.keep_every_steps": 0})
+    (tmp_path / "own.py").write_text("import ray.tune\n" + (tmp_path / "own.py").read_text())
+    first = tune(config)
+    assert len(first["trials"]) + len(first["failed"]) >= 4
+    assert all(r["point"]["model.decode_layer"] == 9 for r in first["failed"])
+    held = results_of(tmp_path)
+    more = tune(dataclasses.replace(config, max_trials=6))
+    assert len(more["trials"]) >= 5
+    assert {name: result for name, result in results_of(tmp_path).items() if name in held} == held
+    assert {t["name"] for t in first["trials"]} < {t["name"] for t in more["trials"]}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_random_points_are_drawn_alike_each_time(latents, tmp_path):
+    config = sweep(tmp_path, latents, "{'loss.mask_ratio': [0.1, 0.3, 0.5], 'model.decode_layer': [1, 2]}", search="random",
+                   max_trials=2, **{"train.keep_every_steps": 0})
+    first = tune(config)
+    held = results_of(tmp_path)
+    more = tune(dataclasses.replace(config, max_trials=3))
+    assert {t["name"] for t in first["trials"]} <= {t["name"] for t in more["trials"]}
+    assert {name: result for name, result in results_of(tmp_path).items() if name in held} == held
+
+
+def test_a_trial_is_named_by_all_that_its_result_depends_on(tmp_path):
+    make_latents(tmp_path / "latents")
+
+    def names(space: str = "{'loss.mask_ratio': [0.3, 0.6]}", **changes) -> set[str]:
+        config = sweep(tmp_path / "x", str(tmp_path / "latents"), space, **changes)
+        space = load_space(config.space)
+        return {t.name for t in resolve(settled(config, space), space.grid())}
+
+    first = names()
+    assert len(first) == 2
+    assert names(**{"max_concurrent_trials": 7, "train.workers.num_workers": 2, "train.log_every_steps": 1}) == first
+    assert names("{'loss.mask_ratio': [0.6]}") < first
+    assert names(num_seeds=2) > first
+    for changes in ({"train.num_steps": 11}, {"train.optim.lr": 1e-5}, {"evaluate.num_samples": 41}, {"train.seed": 5},
+                    {"train.keep_every_steps": 2}):
+        assert not names(**changes) & first, changes
+    same = names("[{'loss.mask_ratio': 0.3}, {'loss.mask_ratio': 0.3, 'model.decode_layer': 2}]")
+    assert len(same) == 1, "two ways to say the same are one trial"
+
+
+def test_trials_of_equal_cost_have_as_many_steps_as_that_takes(tmp_path):
+    """The masked pass costs less than the full one, and both together the sum."""
+    make_latents(tmp_path / "latents")
+    config = sweep(tmp_path / "x", str(tmp_path / "latents"), "{'loss.passes': ['full+masked', 'full', 'masked']}",
+                   equal="flops", **{"train.num_steps": 1000, "train.optim.schedule_steps": 500})
+    space = load_space(config.space)
+    both, full, masked = resolve(settled(config, space), space.grid())
+    assert both.train.num_steps == 1000
+    assert 1 / full.train.num_steps + 1 / masked.train.num_steps == pytest.approx(1 / 1000, rel=0.01)
+    assert 1000 < full.train.num_steps < masked.train.num_steps
+    assert full.train.optim.schedule_steps == pytest.approx(full.train.num_steps / 2, abs=1)
+
+
+def test_bad_spaces_are_refused_before_anything_starts(tmp_path):
+    make_latents(tmp_path / "latents")
+
+    def refused(space: str, message: str, **changes) -> None:
+        with pytest.raises(ValueError, match=message):
+            tune(sweep(tmp_path, str(tmp_path / "latents"), space, **changes))
+
+    refused("{'loss.mask_ration': [0.3]}", r"unknown setting 'loss.mask_ration'; did you mean 'mask_ratio'")
+    refused("{'evaluate.sampling.cfg_scales': [1.0]}", r"unknown setting 'evaluate.sampling.cfg_scales'; did you mean 'cfg_")
+    refused("{'loss.mask_ratio': [0.3, 1.5]}", r"loss.mask_ratio = 1.5")
+    refused("{'loss.mask_ratio': [0.3]}", "num_seeds = 0: must be at least 1", num_seeds=0)
+    some = "{'loss.mask_ratio': [0.3, 0.6]}"
+    refused(some, "max_trials = None: search = 'random' has no end without", search="random")
+    refused("[{'loss.mask_ratio': 0.3}]", "lists its trials, so there is nothing to draw", search="optuna", max_trials=2)
+    refused(some, "num_seeds = 2: must be 1 for search = 'optuna'", search="optuna", max_trials=2, num_seeds=2)
+    refused(some, "validate_every_steps = 10: must be in 1 .. train.num_steps - 1 for scheduler = 'asha'", scheduler="asha",
+            **{"train.validate_every_steps": 10})
+    refused(some, "grace_share = 1.0: must be in", grace_share=1.0)
+    config = sweep(tmp_path, str(tmp_path / "latents"), some, **{"evaluate.extractor": "dinov2"})
+    (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace("'fid'", "'sfid'"))
+    with pytest.raises(ValueError, match=r"metric = .sfid.: no trial reports it; .* .dinov2. gives fid, kid, precision"):
+        tune(config)
+    make_latents(tmp_path / "latents", validation_share=0)
+    refused(some, "scheduler = 'asha': needs a validation loss, but the latents hold out no image; precompute",
+            scheduler="asha")
+    assert not (tmp_path / "out").exists()
