@@ -126,6 +126,11 @@ class Interval(NamedTuple):
     high: float
 
 
+def half_width(values: np.ndarray) -> float:
+    """Half of the 95% interval of the mean of values (n,), two at least, by Student's t."""
+    return float(scipy.special.stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / len(values)**0.5)
+
+
 def kernel_distance(ref, samples, *, block_size: int = 1000, seed: int = 0) -> Interval:
     """Kernel Inception distance: the unbiased squared MMD with the kernel (x . y / D + 1)^3 (arXiv 1801.01401, section 3).
 
@@ -148,7 +153,7 @@ def kernel_distance(ref, samples, *, block_size: int = 1000, seed: int = 0) -> I
     values = np.array([_squared_mmd(ref[a], samples[b]) for a, b in zip(*orders, strict=True)])  # (number,)
     if number == 1:
         return Interval(float(values[0]), float("nan"), float("nan"))
-    half = scipy.special.stdtrit(number - 1, 0.975) * values.std(ddof=1) / number**0.5
+    half = half_width(values)
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
 
 

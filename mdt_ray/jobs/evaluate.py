@@ -73,7 +73,7 @@ def plan(config: EvaluateConfig, reference_root: str | None = None, known: dict[
     require(bool(config.checkpoint or config.samples), "checkpoint", "", "not given; name one, or pictures by --samples")
     require(bool(config.reference), "reference", "", "not given; name real images, or statistics of them (.npz)")
     if config.latents:
-        latents.open_manifest(config.latents)  # the search comes last, and should not fail then
+        _once(known, latents.open_manifest, config.latents)  # the search comes last, and should not fail then
     weights_hash = _once(known, extractors.weights_hash, config.extractor, config.extractor_weights)
     facts, samples = {}, None
     if config.checkpoint:

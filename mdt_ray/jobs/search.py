@@ -8,6 +8,7 @@ import functools
 import logging
 import uuid
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import ray.tune
@@ -34,8 +35,7 @@ def run_listed(config: TuneConfig, trials: list[Trial], token: str) -> None:
     """Run those of the trials that have not ended."""
     open_ = [t for t in trials if t.result() is None]
     groups = by_training(trials if config.scheduler != "none" else open_)
-    _fit(config, token, total=len(trials), initial=len(trials) - len(open_), num_runs=len(groups), groups=groups,
-         param_space={"group": ray.tune.grid_search(list(range(len(groups))))})
+    _fit(config, token, total=len(trials), initial=len(trials) - len(open_), groups=groups)
 
 
 def run_suggested(config: TuneConfig, space: Space, known: list[Trial], metric: str, token: str) -> None:
@@ -51,14 +51,13 @@ def run_suggested(config: TuneConfig, space: Space, known: list[Trial], metric: 
     # The same seed again would suggest the same points again.
     seed = config.train.seed + len(results_in(config.output))
     suggestions = Suggestions(domains, metrics, modes, [t.point for t in known], seed)
-    _fit(config, token, total=config.max_trials, initial=0, num_runs=config.max_trials, groups=[], param_space=None,
-         search_alg=suggestions)
+    _fit(config, token, total=config.max_trials, initial=0, suggestions=suggestions)
 
 
-def _fit(config: TuneConfig, token: str, *, total: int, initial: int, num_runs: int, groups: list[list[Trial]],
-         **arguments: Any) -> None:
-    """Run Tune to its end, whatever becomes of single trials."""
-    workers, search_alg = config.train.workers, arguments.get("search_alg")
+def _fit(config: TuneConfig, token: str, *, total: int, initial: int, groups: Sequence[list[Trial]] = (),
+         suggestions: Any = None) -> None:
+    """Run Tune to its end, whatever becomes of single trials: over groups, or over what is suggested."""
+    workers, num_runs = config.train.workers, len(groups) or total
     room = sum(nodes.num_fitting(node["Resources"], workers) for node in ray.nodes() if node["Alive"])
     concurrent = min(config.max_concurrent_trials or max(room // workers.num_workers, 1), num_runs)
     takes = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
@@ -67,9 +66,9 @@ def _fit(config: TuneConfig, token: str, *, total: int, initial: int, num_runs: 
             ray.tune.with_resources(
                 ray.tune.with_parameters(_run, config=config, groups=groups, token=token),
                 takes if workers.num_workers == 1 else {"CPU": DRIVER_CPUS}),
-            param_space=arguments["param_space"],
+            param_space={"group": ray.tune.grid_search(list(range(len(groups))))} if groups else None,
             tune_config=ray.tune.TuneConfig(
-                search_alg=search_alg, num_samples=num_runs if search_alg else 1, scheduler=_scheduler(config),
+                search_alg=suggestions, num_samples=1 if groups else total, scheduler=_scheduler(config),
                 max_concurrent_trials=concurrent, reuse_actors=True,
                 trial_dirname_creator=lambda found: found.trial_id),
             run_config=ray.tune.RunConfig(
@@ -92,7 +91,7 @@ def _scheduler(config: TuneConfig) -> TrialScheduler:
     return MedianStoppingRule(**shared) if config.scheduler == "median" else FIFOScheduler()
 
 
-def _trials_of(params: dict[str, Any], config: TuneConfig, groups: list[list[Trial]]) -> list[Trial]:
+def _trials_of(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]]) -> list[Trial]:
     """What a run of Tune stands for: trials that share a training, or a suggested point."""
     return groups[params["group"]] if groups else [trial.resolve_trial(config, dict(params), config.train.seed)]
 
@@ -101,7 +100,7 @@ class _Ledger(ray.tune.Callback):
     """Writes down which trials were ended early, and moves the bar on. Tune pickles its callbacks, and a bar on a terminal
     cannot be: it stays behind."""
 
-    def __init__(self, bar: Any, config: TuneConfig, groups: list[list[Trial]]):
+    def __init__(self, bar: Any, config: TuneConfig, groups: Sequence[list[Trial]]):
         self.bar, self.config, self.groups = bar, config, groups
         self.rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
 
@@ -124,7 +123,7 @@ class _Ledger(ray.tune.Callback):
         return ray.tune.Callback, ()
 
 
-def _run(params: dict[str, Any], config: TuneConfig, groups: list[list[Trial]], token: str) -> None:
+def _run(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], token: str) -> None:
     """In a process of Ray Tune: the trials that a run of it stands for."""
     def may_write() -> bool:
         return run_folder.holds(config.output, token)

@@ -45,10 +45,9 @@ def resolve_trial(config: TuneConfig, point: Point, seed: int) -> Trial:
     """
     judged = {key.removeprefix(EVALUATE): value for key, value in point.items() if key.startswith(EVALUATE)}
     changes = {key: value for key, value in point.items() if not key.startswith(EVALUATE)}
-    train, _, _ = training.prepare(config_io.override(config.train, changes | {"seed": seed}))
+    train, _, run = training.prepare(config_io.override(config.train, changes | {"seed": seed}))
     if config.equal == "flops":
-        train = at_equal_cost(train, training.prepare(config.train)[0])
-    train, _, run = training.prepare(train)
+        train, _, run = training.prepare(at_equal_cost(train, training.prepare(config.train)[0]))
     evaluate = config_io.override(config.evaluate, judged, where="evaluate")
     # To a trial, its number of steps and the checkpoints judged are no operational matter.
     trained = {"train": run["identity"], "num_steps": train.num_steps, "kept": train.keep_every_steps}

@@ -20,9 +20,6 @@ from mdt_ray.tuning.trials import FAILED, FINISHED, STOPPED, Trial
 
 RESULTS = "results.json"
 DEFAULTS = {"search": "grid", "scheduler": "none", "cost": "none", "equal": "steps", "num_seeds": 1}
-METRICS = {"inception": {"fid", "sfid", "is", "precision", "recall", "kid"}, "dinov2": {"fid", "precision", "recall", "kid"},
-           "digits": {"fid", "sfid", "is", "precision", "recall", "kid", "label_accuracy"}}
-"""What an evaluation gives, by extractor."""
 
 
 def tune(config: TuneConfig) -> dict[str, Any]:
@@ -78,7 +75,7 @@ def _known(config: TuneConfig) -> list[Trial]:
 
 def _check(config: TuneConfig, space: Space, manifest: Manifest) -> None:
     """Raise ValueError for what would only show after hours."""
-    known = METRICS[config.evaluate.extractor]
+    known = results.METRICS[config.evaluate.extractor]
     require(space.metric in known, "metric", space.metric,
             f"no trial reports it; evaluate.extractor = {config.evaluate.extractor!r} gives {', '.join(sorted(known))}")
     if config.search != "grid":
@@ -104,11 +101,6 @@ def settled(config: TuneConfig, space: Space) -> TuneConfig:
 def objective(config: TuneConfig, space: Space) -> str:
     """Name of the metric that ranks the trials; it carries the number of samples, since it is no full evaluation."""
     return results.metric_name(space.metric, config.evaluate.extractor, config.evaluate.num_samples)
-
-
-def _ended(t: Trial, retry_failed: bool) -> bool:
-    found = t.result()
-    return found is not None and not (retry_failed and found["status"] == FAILED)
 
 
 def _written(config: TuneConfig, space: Space, wanted: list[Trial]) -> dict[str, Any]:

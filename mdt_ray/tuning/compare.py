@@ -5,19 +5,15 @@ Trials of one seed saw the same images, noise and masks in the same order, so th
 the seed does to both cancels.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.special
 
+from mdt_ray.evaluation.metrics import half_width
 from mdt_ray.tuning.space import Point
-
-LEVEL = 0.95
-"""Of the intervals."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +35,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     found = np.asarray(values, np.float64)
     if found.size < 2:
         return Estimate(float(found.mean()), None, found.size)
-    quantile = scipy.special.stdtrit(found.size - 1, (1 + LEVEL) / 2)
-    return Estimate(float(found.mean()), float(quantile * found.std(ddof=1) / math.sqrt(found.size)), found.size)
+    return Estimate(float(found.mean()), half_width(found), found.size)
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,7 @@ class Trial:
 
     def end(self, status: str, **facts: Any) -> dict[str, Any]:
         """Write down how it ended; returns that."""
-        result = {"name": self.name, "status": status, "point": self.point, "seed": self.seed} | facts
-        storage.write_json(storage.join(self.folder, RESULT), result)
-        return result
+        return _write(self.folder, self.name, status, self.point, self.seed, facts)
 
 
 def results_in(output: str) -> list[dict[str, Any]]:
@@ -56,8 +54,13 @@ def results_in(output: str) -> list[dict[str, Any]]:
 def invalid(output: str, point: Point, seed: int, reason: str) -> None:
     """Write down a point that is no valid setting, and so no trial."""
     name = INVALID + config_io.fingerprint([point, seed])[:12]
-    storage.write_json(storage.join(output, "trials", name, RESULT),
-                       {"name": name, "status": FAILED, "point": point, "seed": seed, "reason": reason})
+    _write(storage.join(output, "trials", name), name, FAILED, point, seed, {"reason": reason})
+
+
+def _write(folder: str, name: str, status: str, point: Point, seed: int, facts: dict[str, Any]) -> dict[str, Any]:
+    result = {"name": name, "status": status, "point": point, "seed": seed} | facts
+    storage.write_json(storage.join(folder, RESULT), result)
+    return result
 
 
 def by_training(trials: list[Trial]) -> list[list[Trial]]:
