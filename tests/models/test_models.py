@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mdt_ray.models import MDT, DiT, Mask, layers, official, sample_mask
 from tests.conftest import relative_error, with_prefix
@@ -123,6 +124,21 @@ def test_attention_and_its_bias_by_hand(masked):
 
 
 # Invariant
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_attention_without_a_bias_is_attention(dtype, bound):
+    """On CPUs in bf16 it is written out, for the fused kernel's backward pass is slow there: values and gradients."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 2, 16, 8).to(dtype).requires_grad_() for _ in range(3)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    weights = torch.randn(3, 2, 16, 8)
+    found, expected = layers.attend(*inputs, None), F.scaled_dot_product_attention(*exact)
+    for value, factor in ((found, weights.to(dtype)), (expected, weights.double())):
+        (value * factor).sum().backward()
+    assert relative_error(found, expected) < bound
+    for x, y in zip(inputs, exact, strict=True):
+        assert relative_error(x.grad, y.grad) < bound
 
 
 @torch.no_grad()
