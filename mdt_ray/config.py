@@ -54,7 +54,7 @@ class VaeConfig:
     """Which diffusers AutoencoderKL turns images into latents and back."""
 
     path: str = "stabilityai/sd-vae-ft-mse"
-    """Local folder, hub id (user/repository or user/repository/subfolder), or `digits` for the embedded one."""
+    """Local folder, hub id (user/repository or user/repository/subfolder), or one in the package: `digits`, `fashion`."""
     revision: str | None = None
     """Hub revision (commit); None takes the newest."""
 
@@ -408,7 +408,7 @@ class EvaluateConfig:
     real images, as `samples`."""
     sampling: SamplingConfig = SamplingConfig()
     """The sampler."""
-    extractor: Literal["inception", "dinov2", "digits"] = "inception"
+    extractor: Literal["inception", "dinov2", "digits", "fashion"] = "inception"
     """The feature network. Only Inception's metrics go without its name: fid_50k, but fd_dinov2_50k, fid_digits_1k."""
     extractor_weights: str = operational("")
     """Its weights: a file, URI or URL (Inception), a folder or hub id (DINOv2); by default the published ones."""
@@ -463,7 +463,7 @@ class ReferenceConfig:
     """Folder (URI) for chunks of features and reference.npz."""
     image_size: int = 256
     """Side to crop to, as the model's images; those of an .npz must have it."""
-    extractor: Literal["inception", "dinov2", "digits"] = "inception"
+    extractor: Literal["inception", "dinov2", "digits", "fashion"] = "inception"
     """The feature network."""
     extractor_weights: str = operational("")
     """Its weights, as `evaluate`."""

@@ -53,9 +53,35 @@ def digits() -> QuickstartConfig:
     sweep = TuneConfig(
         output="runs/digits/tune", train=trial,
         evaluate=EvaluateConfig(
-            reference=real, extractor="digits", num_samples=300, chunk_size=300, keep_images=0, labels="balanced",
+            reference=real, extractor="digits", num_samples=300, chunk_size=300, keep_images=20, labels="balanced",
             sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=15)))
     return QuickstartConfig(output="runs/digits", precompute=precompute, train=training, tune=sweep, evaluate=evaluation)
+
+
+def fashion() -> QuickstartConfig:
+    """Fashion-MNIST: 70,000 pictures of clothes, 10 classes (`scripts/make_fashion.py` writes them), and a model of 64
+    tokens: two CPU cores do a sweep of docs/ablations.md in an hour."""
+    real, latents = "runs/fashion/images", "runs/fashion/latents"
+    precompute = PrecomputeConfig(
+        source=real, output=latents, vae=VaeConfig(path="fashion"), image_size=32, chunk_size=5000, rows_per_group=128,
+        workers=WorkersConfig(num_workers=2))
+    drawn = EvaluateConfig(
+        extractor="fashion", num_samples=2000, chunk_size=1000, labels="balanced", keep_images=40, reference=real,
+        sampling=SamplingConfig(sampler="dpm-solver++", num_sampling_steps=15))
+    training = TrainConfig(
+        latents=latents, output="runs/fashion/train",
+        # 64 tokens of a 4x8x8 latent; 1.2M parameters.
+        model=ModelConfig(input_size=8, in_channels=4, num_classes=10, patch_size=1, hidden_size=96, depth=6, num_heads=4),
+        loss=LossConfig(mask_ratio=0.3),  # paper Table 3
+        # Constant, as published, so that checkpoints on the way are results too.
+        optim=OptimConfig(lr=2e-3, warmup_steps=50, clip_norm=1.0), ema=EmaConfig(decay=0.995, warmup=True),
+        batch_size=96, num_lanes=16, num_steps=1200, log_every_steps=20, checkpoint_every_steps=200, keep_last=1,
+        keep_every_steps=200, validate_every_steps=200)
+    evaluation = dataclasses.replace(drawn, checkpoint=training.output, output="runs/fashion/evaluate",
+                                     workers=WorkersConfig(num_workers=2))
+    return QuickstartConfig(
+        output="runs/fashion", precompute=precompute, train=training, evaluate=evaluation,
+        tune=TuneConfig(output="runs/fashion/tune", train=dataclasses.replace(training, output=""), evaluate=drawn))
 
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
@@ -130,11 +156,14 @@ def faster(published: TrainConfig) -> TrainConfig:
         ema=dataclasses.replace(published.ema, decay=round(published.ema.decay**SCALE, 4)))
 
 
+NUM_IMAGES = {"digits": 1797, "fashion": 70_000}
+"""Of the small data sets, by extractor."""
+
+
 def plan_of(preset: QuickstartConfig) -> PlanConfig:
     """The settings of `plan` for a preset: those of its training, and the size of its data set."""
     training = {f.name: getattr(preset.train, f.name) for f in dataclasses.fields(preset.train)}
-    digits = preset.precompute.source == "digits"
-    return PlanConfig(**training, num_images=1797 if digits else NUM_IMAGENET_IMAGES)
+    return PlanConfig(**training, num_images=NUM_IMAGES.get(preset.evaluate.extractor, NUM_IMAGENET_IMAGES))
 
 
 def sweep_of(preset: QuickstartConfig) -> SweepConfig:
@@ -148,12 +177,13 @@ def _name(kind: str, size: str, patch_size: int, fast: bool) -> str:
     return f"imagenet256-{family}{size}-{patch_size}{'-fast' if fast else ''}"
 
 
-PRESETS: dict[str, Callable[[], QuickstartConfig]] = {"digits": digits} | {
+PRESETS: dict[str, Callable[[], QuickstartConfig]] = {"digits": digits, "fashion": fashion} | {
     _name(*choice): functools.partial(imagenet256, *choice)
     for choice in itertools.product(("mdt_v1", "mdt_v2", "dit"), SIZES, PATCHES, (False, True))}
 
 OVERVIEW = {
     "digits": "the embedded handwritten digits, minutes on two CPU cores",
+    "fashion": "Fashion-MNIST's clothes (scripts/make_fashion.py), 64 tokens, for ablations on two CPU cores",
     "imagenet256-{s,b,l,xl}-{1,2,4,8}{,-fast}": "MDT of the paper, by size and patch: imagenet256-s-2",
     "imagenet256-v2-{s,b,l,xl}-{1,2,4,8}{,-fast}": "MDTv2",
     "imagenet256-dit-{s,b,l,xl}-{1,2,4,8}{,-fast}": "DiT, the baseline",

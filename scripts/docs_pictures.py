@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from mdt_ray.data import images, listings, readers, sources
 from mdt_ray.data.vae import to_unit_range
-from mdt_ray.evaluation.digits import is_held_out
+from mdt_ray.evaluation.small import is_held_out
 from mdt_ray.inference.inpaint import MDTInpaintPipeline
 
 DOCS = Path(__file__).parents[1] / "docs"

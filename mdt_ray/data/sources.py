@@ -18,7 +18,8 @@ import pyarrow.fs as pafs
 from mdt_ray import storage
 
 logger = logging.getLogger(__name__)
-DIGITS = Path(__file__).parents[1] / "assets" / "digits"
+ASSETS = Path(__file__).parents[1] / "assets"
+DIGITS = ASSETS / "digits"
 IMAGE_SUFFIXES = frozenset(["bmp", "gif", "jfif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"])
 LABEL_TABLES = ("labels.csv", "labels.parquet", "metadata.csv", "metadata.parquet")
 """Tables that give the labels of a folder of pictures, where it has no subfolder per class."""

@@ -14,10 +14,14 @@ import torch
 
 from mdt_ray import config_io, storage
 from mdt_ray.config import VaeConfig, require
-from mdt_ray.data.sources import DIGITS
+from mdt_ray.data.sources import ASSETS
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+
+EMBEDDED = ("digits", "fashion")
+"""Autoencoders in the package, by the name of their data set."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Vae:
 
 
 def load_vae(config: VaeConfig, device: str | torch.device = "cpu") -> Vae:
-    """Load by local path, hub id, or `digits`. Raises ValueError if there is no such autoencoder."""
+    """Load by local path, hub id, or a name of EMBEDDED. Raises ValueError if there is no such autoencoder."""
     model = _open(config, _autoencoder().from_pretrained, low_cpu_mem_usage=False)
     model = model.eval().requires_grad_(False).to(device)
     return Vae(model=model, scale=model.config.scaling_factor, shift=model.config.shift_factor or 0.0,
@@ -69,7 +73,7 @@ def pin_revision(config: VaeConfig) -> VaeConfig:
 
     Raises ValueError if there is no such autoencoder.
     """
-    if config.path == "digits" or Path(config.path).is_dir():
+    if _folder(config.path).is_dir():
         return config
     _, commit = _open(config, _autoencoder().load_config, return_commit_hash=True)
     return VaeConfig(path=config.path, revision=commit or config.revision)
@@ -92,8 +96,13 @@ def check_image_size(config: VaeConfig, image_size: int) -> None:
             f"must be divisible by {factor}, the downscaling of vae.path = {config.path!r}")
 
 
+def _folder(path: str) -> Path:
+    """Where an autoencoder lies that is in the package, else the path itself."""
+    return ASSETS / path / "vae" if path in EMBEDDED else Path(path)
+
+
 def _open(config: VaeConfig, load: Callable[..., Any], **options: Any) -> Any:
-    path, subfolder = str(DIGITS / "vae") if config.path == "digits" else config.path, None
+    path, subfolder = str(_folder(config.path)), None
     if not Path(path).is_dir() and path.count("/") == 2 and not path.startswith("/"):  # user/repository/subfolder
         path, _, subfolder = path.rpartition("/")
     try:
@@ -102,12 +111,12 @@ def _open(config: VaeConfig, load: Callable[..., Any], **options: Any) -> Any:
             return load(path, revision=config.revision, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"vae.path = {config.path!r}: no AutoencoderKL there ({str(error).splitlines()[0]}); give a local "
-                         "folder, a hub id (with network), or 'digits'") from error
+                         "folder, a hub id (with network), 'digits' or 'fashion'") from error
 
 
 def vae_fingerprint(config: VaeConfig) -> str:
     """A cheap name of the autoencoder for a run's identity: the bytes of a local folder, or hub id and revision."""
-    folder = DIGITS / "vae" if config.path == "digits" else Path(config.path)
+    folder = _folder(config.path)
     if not folder.is_dir():
         return config_io.fingerprint([config.path, config.revision])
     files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".bin"))

@@ -10,7 +10,7 @@ import torch
 
 from mdt_ray import storage
 from mdt_ray.config_io import suggestion
-from mdt_ray.evaluation import digits, dinov2, inception
+from mdt_ray.evaluation import dinov2, inception, small
 from mdt_ray.evaluation.features import Extractor
 
 
@@ -23,10 +23,17 @@ class Kind(NamedTuple):
     transform: str  # how images reach the network
 
 
+
+
+def _small(name: str) -> Kind:
+    return Kind(load=lambda weights, device: small.load_small_features(name, weights).to(device),
+                sha256=lambda weights: storage.sha256(small.read_small_weights(name, weights)),
+                image_size=small.IMAGE_SIZE, transform="as they are")
+
+
 KINDS = {
-    "digits": Kind(load=lambda weights, device: digits.load_digits_features(weights).to(device),
-                   sha256=lambda weights: storage.sha256(digits.read_digits_weights(weights)),
-                   image_size=digits.IMAGE_SIZE, transform="as they are"),
+    "digits": _small("digits"),
+    "fashion": _small("fashion"),
     "inception": Kind(load=lambda weights, device: inception.load_inception(weights, device=device),
                       sha256=lambda weights: inception.read_inception_weights(weights)[1],
                       image_size=None, transform=f"tf1-bilinear-{inception.IMAGE_SIZE}"),
@@ -40,7 +47,7 @@ def load_extractor(name: str, weights: str = "", device: str | torch.device = "c
     """The extractor `name` on `device`, in eval mode and frozen.
 
     weights: "" for the default, or
-        digits: a file (default: the one in the package);
+        digits, fashion: a file (default: the one in the package);
         inception: a file or an http(s) URL (default: torch.hub's cached copy of `inception.WEIGHTS_URL`);
         dinov2: a local folder or a hub id, `id@revision` (default: `dinov2.WEIGHTS`).
 

@@ -15,10 +15,10 @@ from mdt_ray.evaluation.reference import Reference
 from mdt_ray.evaluation.statistics import FeatureStatistics
 
 INCEPTION = "inception"
-CLASSIFIERS = ("digits",)
+CLASSIFIERS = ("digits", "fashion")
 """Extractors whose classes are those that the model was asked for. (Inception's 1008 are numbered otherwise.)"""
 METRICS = {"inception": {"fid", "sfid", "is", "precision", "recall", "kid"}, "dinov2": {"fid", "precision", "recall", "kid"},
-           "digits": {"fid", "sfid", "is", "precision", "recall", "kid", "label_accuracy"}}
+           **{name: {"fid", "sfid", "is", "precision", "recall", "kid", "label_accuracy"} for name in CLASSIFIERS}}
 """What `compare` finds where the reference has its pictures, by extractor."""
 MAX_REFERENCES = 10_000
 """Real images that precision, recall and KID compare with, as many as the official reference batches hold."""

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from mdt_ray import storage
-from mdt_ray.data.sources import DIGITS
-from mdt_ray.evaluation.digits import DigitsFeatures, load_digits_features
+from mdt_ray.data.sources import ASSETS
 from mdt_ray.evaluation.dinov2 import load_dinov2
 from mdt_ray.evaluation.extractors import KINDS, image_size, load_extractor, transform, weights_hash
 from mdt_ray.evaluation.inception import WEIGHTS_URL, Inception
+from mdt_ray.evaluation.small import SmallFeatures, load_small_features
 from tests.conftest import relative_error
 
 
@@ -33,10 +33,11 @@ def weights(tmp_path_factory, inception):
     """A small file or folder of random weights for each extractor, by name."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(1)
-    save_file(DigitsFeatures().state_dict(), folder / "digits.safetensors")
+    save_file(SmallFeatures().state_dict(), folder / "digits.safetensors")
     torch.save(inception.state_dict(), folder / "inception.pth")
     Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)).save_pretrained(folder / "dinov2")
-    return {"digits": str(folder / "digits.safetensors"), "inception": str(folder / "inception.pth"),
+    small = str(folder / "digits.safetensors")
+    return {"digits": small, "fashion": small, "inception": str(folder / "inception.pth"),
             "dinov2": str(folder / "dinov2")}
 
 
@@ -44,14 +45,15 @@ def digest(path):
     return storage.sha256(storage.read_bytes(str(path)))[:16]
 
 
-def test_digits_come_from_the_package_or_a_file(weights):
+@pytest.mark.parametrize("name", ["digits", "fashion"])
+def test_small_ones_come_from_the_package_or_a_file(name, weights):
     images = random_images(2, 3, 32, 32)
-    assert torch.equal(load_extractor("digits")(images).pool, load_digits_features()(images).pool)
-    other = load_extractor("digits", weights["digits"])
-    assert torch.equal(other.state_dict()["pool.weight"], load_file(weights["digits"])["pool.weight"])
+    assert torch.equal(load_extractor(name)(images).pool, load_small_features(name)(images).pool)
+    other = load_extractor(name, weights[name])
+    assert torch.equal(other.state_dict()["pool.weight"], load_file(weights[name])["pool.weight"])
     assert not other.training
-    assert weights_hash("digits") == digest(DIGITS / "features.safetensors")
-    assert weights_hash("digits", weights["digits"]) == digest(weights["digits"]) != weights_hash("digits")
+    assert weights_hash(name) == digest(ASSETS / name / "features.safetensors")
+    assert weights_hash(name, weights[name]) == digest(weights[name]) != weights_hash(name)
 
 
 def test_inception_comes_from_a_file(weights, inception):

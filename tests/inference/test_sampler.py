@@ -15,7 +15,7 @@ from mdt_ray.config import EvaluateConfig, SamplingConfig, VaeConfig
 from mdt_ray.data import images, listings, readers, sources
 from mdt_ray.data.vae import Vae, load_vae
 from mdt_ray.evaluation import chunks, results
-from mdt_ray.evaluation.digits import load_digits_features
+from mdt_ray.evaluation.small import load_small_features
 from mdt_ray.inference.sampler import Networks, Sampler, draw_latents, labels_of, load_model
 from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan
 from tests.inference.conftest import make_checkpoint
@@ -179,7 +179,7 @@ def test_real_images_score_as_themselves():
     source = sources.open_source("digits")
     piece = readers.read_few(source.folder, source.kind, listings.list_images(source).table.slice(0, 600))
     pictures, labels = images.decode_piece(piece, 32).images, np.array(piece.labels, dtype=np.int64)
-    real = chunks.measure(load_digits_features(), pictures, labels, np.arange(10))
+    real = chunks.measure(load_small_features(), pictures, labels, np.arange(10))
     assert np.array_equal(real.images, pictures[:10])
     summary = results.summarise([real])
     metrics, intervals = results.compare(summary, summary.statistics, summary.features, "digits")

@@ -17,9 +17,9 @@ from mdt_ray import cli, storage
 from mdt_ray.config import EvaluateConfig, ReferenceConfig, SamplingConfig, SweepConfig, WorkersConfig
 from mdt_ray.data import arrays, images, listings, readers, sources
 from mdt_ray.evaluation import chunks, metrics, results
-from mdt_ray.evaluation.digits import load_digits_features
 from mdt_ray.evaluation.inception import Inception
 from mdt_ray.evaluation.reference import read_reference
+from mdt_ray.evaluation.small import load_small_features
 from mdt_ray.jobs import plan_evaluate
 from mdt_ray.jobs.evaluate import evaluate, evaluate_many, plan, resolve
 from mdt_ray.jobs.reference import reference
@@ -71,7 +71,7 @@ def test_pictures_made_elsewhere_give_the_metrics_of_their_features(files, digit
     """All ways to hand them in agree, and with the metrics computed plainly."""
     found = {name: judged(tmp_path / name, samples=files[name], reference=files["reference"], num_samples=100)
              for name in ("npz", "compressed", "flat")}
-    network = load_digits_features()
+    network = load_small_features()
     made, real = (chunks.measure(network, part, np.full(len(part), -1), np.arange(0))
                   for part in (digits[0][:100], digits[0][100:400]))
     mean, sigma = (lambda x: x.astype(np.float64).mean(0)), (lambda x: np.cov(x.astype(np.float64), rowvar=False))
@@ -107,8 +107,8 @@ def test_statistics_stand_in_for_the_images(files, digits, tmp_path):
     by_images = judged(tmp_path / "b", reference=files["reference"], **given)
     for name in ("fid_digits_100", "sfid_digits_100", "is_digits_100"):
         assert by_statistics["metrics"][name] == pytest.approx(by_images["metrics"][name], rel=1e-9), name
-    real = chunks.measure(load_digits_features(), digits[0][100:400][chunks.spread(300, 60)], np.zeros(60), np.arange(0))
-    own = chunks.measure(load_digits_features(), digits[0][:100], np.zeros(100), np.arange(0))
+    real = chunks.measure(load_small_features(), digits[0][100:400][chunks.spread(300, 60)], np.zeros(60), np.arange(0))
+    own = chunks.measure(load_small_features(), digits[0][:100], np.zeros(100), np.arange(0))
     assert (by_statistics["metrics"]["precision_digits_100"], by_statistics["metrics"]["recall_digits_100"]) == \
         metrics.precision_recall(real.pool, own.pool)
     assert by_statistics["reference"]["num_images"] == 300
@@ -155,7 +155,7 @@ def test_dinov2_gives_what_it_can_under_names_of_its_own(files, tmp_path):
 def test_distances_may_be_those_of_adm(files, digits, tmp_path):
     given = {"samples": files["npz"], "reference": files["reference"], "num_samples": 100}
     found = judged(tmp_path, adm_float16=True, **given)["metrics"]
-    network = load_digits_features()
+    network = load_small_features()
     made, real = (chunks.measure(network, part, np.zeros(len(part)), np.arange(0)).pool
                   for part in (digits[0][:100], digits[0][100:400]))
     assert (found["precision_digits_100"], found["recall_digits_100"]) == \

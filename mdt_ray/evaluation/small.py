@@ -1,7 +1,7 @@
-"""The feature network of the embedded digits: a small convolutional classifier, frozen once trained.
+"""The feature network of a small data set: a convolutional classifier of 32x32 pictures, frozen once trained.
 
-Its metrics carry its name (`fid_digits`): they compare runs on this data set with each other and never with
-Inception's FID. `scripts/make_assets.py` trains it and wrote the weights that ship with the package.
+Its metrics carry its data set's name (`fid_digits`, `fid_fashion`): they compare runs on that data set with each other and
+never with Inception's FID. `scripts/make_assets.py` and `make_fashion.py` train it and wrote the weights in the package.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors.torch import load
 from torch import nn
 
 from mdt_ray import storage
-from mdt_ray.data.sources import DIGITS
+from mdt_ray.data.sources import ASSETS
 from mdt_ray.evaluation.features import Features
 
 # B batch, D pool features, S spatial features. The one image size it knows is 32.
@@ -35,17 +35,16 @@ def is_held_out(index: int) -> bool:
     return index % 5 == 0
 
 
-class DigitsFeatures(nn.Module):
+class SmallFeatures(nn.Module):
     """Images in, `Features` out: pool (B, 64), spatial (B, 128), logits (B, 10), float32.
 
     Group norm and no batch statistics, so an image's features do not depend on its batch. `pool` is taken before the
     last non-linearity and every activation is smooth: no unit can be dead, so the covariance keeps its full rank.
     """
 
-    name = "digits"
-
-    def __init__(self) -> None:
+    def __init__(self, name: str = "digits") -> None:
         super().__init__()
+        self.name = name
         c1, c2, c3 = WIDTHS
         self.conv1 = nn.Conv2d(3, c1, 3, stride=2, padding=1)
         self.norm1 = nn.GroupNorm(4, c1)
@@ -76,24 +75,25 @@ class DigitsFeatures(nn.Module):
         return Features(pool, spatial, self.head(F.silu(pool)))  # logits: (B, 10)
 
 
-def load_digits_features(weights: str | Path | None = None) -> DigitsFeatures:
-    """The trained network, in eval mode and without gradients; from the package, or a file that `storage` opens.
+def load_small_features(name: str = "digits", weights: str | Path | None = None) -> SmallFeatures:
+    """The trained network of a data set, in eval mode and without gradients; from the package, or a file that `storage`
+    opens.
 
     Raises ValueError, naming the file, if it is not there or holds no weights of this network.
     """
-    network = DigitsFeatures()
+    network = SmallFeatures(name)
     try:
-        network.load_state_dict(load(read_digits_weights(weights)))
+        network.load_state_dict(load(read_small_weights(name, weights)))
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"digits weights: {weights or 'the file in the package'}: no safetensors file of this network "
+        raise ValueError(f"{name} weights: {weights or 'the file in the package'}: no safetensors file of this network "
                          f"({str(error).splitlines()[0]}); {REMEDY}") from error
     return network.eval().requires_grad_(False)
 
 
-def read_digits_weights(weights: str | Path | None = None) -> bytes:
-    """The file that `load_digits_features` loads. Raises ValueError if it cannot be read."""
-    path = str(weights or DIGITS / "features.safetensors")
+def read_small_weights(name: str, weights: str | Path | None = None) -> bytes:
+    """The file that `load_small_features` loads. Raises ValueError if it cannot be read."""
+    path = str(weights or ASSETS / name / "features.safetensors")
     try:
         return storage.read_bytes(path)
     except OSError as error:
-        raise ValueError(f"digits weights: cannot read {path} ({error}); {REMEDY}") from error
+        raise ValueError(f"{name} weights: cannot read {path} ({error}); {REMEDY}") from error

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from mdt_ray.data.sources import DIGITS
-from mdt_ray.evaluation.digits import DigitsFeatures, is_held_out, load_digits_features
+from mdt_ray.evaluation.small import SmallFeatures, is_held_out, load_small_features
 
 NUM_IMAGES = 1797
 
@@ -45,7 +45,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def features():
-    return load_digits_features()
+    return load_small_features()
 
 
 def size_of(path):
@@ -156,4 +156,4 @@ def test_features_are_frozen_and_named(features):
 ])
 def test_features_refuse_other_inputs(images, message):
     with pytest.raises(ValueError, match=message):
-        DigitsFeatures()(images)
+        SmallFeatures()(images)
