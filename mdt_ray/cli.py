@@ -209,10 +209,14 @@ def _last_line(job: str, config: Any, result: Any) -> str:
     if job == "train":
         return f"checkpoint {result}"
     if job == "tune":
-        best, failed = result["points"][0], len(result["failed"])
+        best = result["points"][0]
         spread = "" if best["half_width"] is None else f" +- {best['half_width']:.2g} ({best['num_seeds']} seeds)"
-        return (f"best of {len(result['points'])} points: {best['point']}: {result['metric']} {best['mean']:.4g}{spread}\n"
-                + (f"{failed} trials failed\n" if failed else "") + _below(config.output, "results.json"))
+        rest = [f"{len(result['failed'])} trials failed"] if result["failed"] else []
+        rest += [f"{result['left']} trials are left: {result['left_because']}"] if result["left"] else []
+        return "\n".join([
+            f"best of {len(result['points'])} points: {best['point']}: {result['metric']} {best['mean']:.4g}{spread}", *rest,
+            f"in full: mdt-ray train --config {shlex.quote(_below(config.output, 'best.toml'))}",
+            f"report {_below(config.output, 'report/index.html')}"])
     if job == "evaluate":
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
         found = [result["memorisation"] and _memorised(config.output, result["memorisation"]),

@@ -640,6 +640,11 @@ class TuneConfig:
     """Trials of each point, with train.seed and the ones after it: the same seeds for all points (1)."""
     max_trials: int | None = operational(None)
     """At most so many points: needed for draws and suggestions (all of a grid)."""
+    max_gpu_hours: float | None = operational(None)
+    """Hours of GPUs that the trials may take, over all runs of the command; where they have none, hours of workers. Then
+    running trials write a checkpoint, and what has ended is ranked."""
+    time_limit: float | None = operational(None)
+    """Hours that one run of the command may take, with the same end."""
     max_concurrent_trials: int = operational(0)
     """Trials that run at the same time (0: as many as there is room for)."""
     retry_failed: bool = operational(False)
@@ -651,6 +656,9 @@ class TuneConfig:
         for name in ("num_seeds", "max_trials"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
+        for name in ("max_gpu_hours", "time_limit"):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

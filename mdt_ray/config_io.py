@@ -21,6 +21,28 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def to_toml(config: Any) -> str:
+    """The dataclass tree as TOML that `load_file` reads. TOML has no null: a setting that is None is left out, which says
+    the same where None is its default.
+
+    Raises ValueError where it is not.
+    """
+    import tomli_w  # which only who writes needs
+
+    return tomli_w.dumps(_without_none(config))
+
+
+def _without_none(config: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if value is None and f.default is not None:
+            raise ValueError(f"{f.name} = None: TOML cannot say so, and its default is {f.default!r}; write JSON")
+        if value is not None:
+            found[f.name] = _without_none(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
 def suggestion(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest known name, else the list of known names."""
     known = sorted(known)

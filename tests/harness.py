@@ -70,6 +70,18 @@ def ray_process(part: str) -> int | None:
     return None
 
 
+def open_placement_groups() -> list[str]:
+    """Names or ids of what this session's Ray still holds resources for, once it had a moment to let go."""
+    from ray.util import placement_group_table
+
+    end = time.monotonic() + 20
+    while held := [entry["name"] or key for key, entry in placement_group_table().items() if entry["state"] != "REMOVED"]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.2)
+    return held
+
+
 def files(folder: Path, pattern: str) -> dict[str, bytes]:
     """Content of the files that match, by path below `folder`."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob(pattern)) if path.is_file()}

@@ -1,6 +1,7 @@
-"""Small real inputs for tests: latents folders as `precompute` writes them, and the settings of a tiny training run."""
+"""Small real inputs for tests: latents folders as `precompute` writes them, a tiny training run; the parts of a page."""
 
 import dataclasses
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +51,28 @@ def tiny_training(latents_folder: Path, output: Path, **changes) -> TrainConfig:
         optim=OptimConfig(lr=1e-3, warmup_steps=5, schedule="cosine", schedule_steps=20, clip_norm=1.0),
         ema=EmaConfig(decay=0.99, warmup=True), log_every_steps=1, checkpoint_every_steps=10)
     return dataclasses.replace(base, **changes)
+
+
+class Page(HTMLParser):
+    """Counts what a browser would fetch, show and close."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.images, self.fetched, self.headings, self.open, self.text = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes)
+        self.fetched += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")]
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)

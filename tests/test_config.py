@@ -181,3 +181,20 @@ def test_a_choice_may_be_left_open():
     assert config_io.override(TuneConfig(), {"search": None}).search is None
     with pytest.raises(ValueError, match="search = 'gird': must be 'grid', 'random', 'optuna' or None"):
         config_io.override(TuneConfig(), {"search": "gird"})
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion", "imagenet256-v2-xl-2-fast"])
+def test_toml_says_all_that_a_config_holds(tmp_path, name):
+    preset = presets.preset(name)
+    for config in (preset.train, preset.evaluate, preset.tune):
+        (tmp_path / "x.toml").write_text(config_io.to_toml(config))
+        assert config_io.load_file(type(config), tmp_path / "x.toml") == config
+
+
+def test_toml_refuses_what_it_cannot_say():
+    @dataclasses.dataclass(frozen=True)
+    class Odd:
+        size: int | None = 3
+
+    with pytest.raises(ValueError, match=r"size = None: TOML cannot say so, and its default is 3; write JSON"):
+        config_io.to_toml(Odd(size=None))

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "training": BASE | {"models", "diffusion", "data", "inference", "training"},
     "inference": BASE | {"models", "diffusion", "data", "inference"},
     "evaluation": BASE | {"models", "diffusion", "data", "inference", "evaluation"},
-    "report": BASE | {"models", "diffusion", "data", "training", "inference", "evaluation", "report"},
+    "report": BASE | {"models", "diffusion", "data", "training", "inference", "evaluation", "tuning", "report"},
     "tuning": BASE | {"evaluation", "tuning"},
     "jobs": BASE | {"models", "diffusion", "data", "training", "inference", "evaluation", "report", "tuning", "jobs"},
     "cli": BASE,

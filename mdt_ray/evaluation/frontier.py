@@ -15,7 +15,7 @@ class Point:
     y: float
     """The metric that should be low, such as the FID."""
     group: str
-    """Settings that belong together, such as one sampler's."""
+    """Settings that belong together, such as one sampler's; empty where there are no groups."""
     label: str
     """What the setting is within its group, such as `cfg 2.5`."""
 

@@ -4,6 +4,7 @@ Workers leave rows of metrics and say on which node they are. Asked by the drive
 """
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -60,30 +61,35 @@ def open_control() -> Any:
     return Control.options(scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True)).remote()
 
 
-class Asked:
+class Asked(Wish):
     """In a worker: whether the driver asked to stop, looked up by a thread, so that calling it costs nothing."""
 
     def __init__(self, control: Any):
         self._control = control
-        self._asked = False
+        self._closed = threading.Event()
         threading.Thread(target=self._poll, daemon=True, name="stop-poll").start()
 
     def __call__(self) -> bool:
-        return self._asked
+        return self.signum is not None
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
 
     def _poll(self) -> None:
-        while not self._asked:
-            time.sleep(POLL_SECONDS)
+        while not (self() or self._closed.wait(POLL_SECONDS)):
             try:
-                self._asked = ray.get(self._control.asked.remote(), timeout=ANSWER_SECONDS)
+                if ray.get(self._control.asked.remote(), timeout=ANSWER_SECONDS):
+                    self.signum = signal.SIGTERM
             except RayError:
                 continue  # a lost actor is made anew; a lost driver ends this process
 
 
 def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_workers: int, wish: Wish,
-          on_row: Callable[[dict[str, Any]], None], meanwhile: Callable[[], None]) -> str | None:
+          on_row: Callable[[dict[str, Any]], None], meanwhile: Callable[[], str | None]) -> str | None:
     """Run `fit`, which launches the workers and waits for them, in a thread; meanwhile hand their rows to `on_row`, call
-    `meanwhile`, and ask them to stop where there is a reason. Returns the reason, or None where they ended by themselves.
+    `meanwhile`, and ask them to stop where there is a reason, which `meanwhile` too may return. Returns the reason, or None
+    where they ended by themselves.
 
     Raises what `fit` raises. Whatever goes wrong here costs a warning: the workers are never left alone.
     """
@@ -103,9 +109,9 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
         thread.join(POLL_SECONDS)
         try:
             _hand_over(control, on_row)
-            meanwhile()
+            wanted = meanwhile()
             if reason is None:
-                reason = _reason(control, wish, growth)
+                reason = _reason(control, wish, growth) or wanted
                 if reason == STOPPED:
                     logger.warning("stopping once the step is done and its checkpoint written; a second signal does not "
                                    "wait")

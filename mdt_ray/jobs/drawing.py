@@ -5,6 +5,7 @@ from typing import Any
 
 from mdt_ray import config_io, storage
 from mdt_ray.config import EvaluateConfig, WorkersConfig
+from mdt_ray.interrupts import Wish
 from mdt_ray.jobs import draw_stages, fanout, progress, session, stages, units
 from mdt_ray.jobs.measuring import Measurement, chunk_ranges, is_there, missing_items
 
@@ -12,13 +13,14 @@ logger = logging.getLogger(__name__)
 
 
 def draw_missing(configs: list[EvaluateConfig], references: list[Measurement], workers: WorkersConfig,
-                 pool: bool) -> dict[str, float] | None:
+                 pool: bool, wish: Wish | None = None) -> dict[str, float] | None:
     """Write the chunks that are not there; returns how busy the samplers were, where anything was drawn.
 
     Args:
         configs: resolved ones.
         references: real images to be measured by the way.
         pool: False works in this process, without Ray.
+        wish: of such work, looked at before each chunk. Raises Stopped.
     """
     items: list[dict[str, Any]] = []
     done: set[int] = set()
@@ -36,7 +38,7 @@ def draw_missing(configs: list[EvaluateConfig], references: list[Measurement], w
         return None
     plain = [config_io.to_dict(config) for config in configs]
     if not pool:
-        return _busy(list(stages.here(draw_stages.drawing(plain, handed, workers), todo)))
+        return _busy(list(stages.here(draw_stages.drawing(plain, handed, workers), todo, wish)))
     session.start()
     sizes = [item["stop"] - item["start"] for item in items]
     with progress.bar(sum(sizes), "image", "evaluate", initial=sum(sizes[k] for k in done)) as bar:

@@ -28,6 +28,7 @@ from mdt_ray.evaluation import chunks, extractors, gate, reference, results
 from mdt_ray.evaluation.reference import Reference
 from mdt_ray.evaluation.results import Summary
 from mdt_ray.inference.sampler import check_guide, check_weights, load_decoder
+from mdt_ray.interrupts import Wish
 from mdt_ray.jobs.drawing import draw_missing
 from mdt_ray.jobs.measuring import Measurement, absolute_weights, chunk_ranges, measure_missing, place
 from mdt_ray.report.memorisation import memorisation
@@ -167,12 +168,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = None,
-                  pool: bool = True) -> list[dict[str, Any]]:
+                  pool: bool = True, wish: Wish | None = None) -> list[dict[str, Any]]:
     """Several evaluations as one job, in which an actor loads each model once; they share the real images' features.
 
     Args:
         reference_root: folder of the real images' features; by default the first output.
         pool: False works in this process, without Ray, below a folder that the caller has claimed.
+        wish: of such work, says when to stop: Stopped is raised before the next chunk.
     Raises ValueError as `plan`, and if an output holds another run or has another writer.
     """
     root = reference_root or configs[0].output
@@ -192,7 +194,7 @@ def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = No
                 storage.clear_leftovers(folder)
         missing = [part for p in todo for part in parts[p.config.output] if not _finished(part)]
         started = time.perf_counter()
-        busy = _run_missing(missing, pool)
+        busy = _run_missing(missing, pool, wish)
         compared: dict[str, tuple[Reference, Summary | None]] = {}
         for part in missing:
             run_folder.record(part.config.output, part.run)
@@ -232,7 +234,7 @@ def _found(p: Plan) -> dict[str, Any]:
     return storage.read_json(storage.join(p.config.output, METRICS))
 
 
-def _run_missing(plans: list[Plan], pool: bool) -> dict[str, float] | None:
+def _run_missing(plans: list[Plan], pool: bool, wish: Wish | None) -> dict[str, float] | None:
     """Write the chunks that are not there; returns how busy the samplers were, where there were any."""
     if not plans:
         return None
@@ -241,7 +243,7 @@ def _run_missing(plans: list[Plan], pool: bool) -> dict[str, float] | None:
     given = [p.samples for p in plans if p.samples]
     if given:
         measure_missing([*given, *references], workers, pool, "measure")
-    return draw_missing([p.config for p in plans if not p.samples], references, workers, pool)
+    return draw_missing([p.config for p in plans if not p.samples], references, workers, pool, wish)
 
 
 def _write_metrics(p: Plan, compared: dict[str, tuple[Reference, Summary | None]], timing: dict[str, Any]) -> None:

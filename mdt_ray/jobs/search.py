@@ -4,19 +4,24 @@ Tune knows nothing that the ledger does not: trials that are known already are t
 Optuna learn from them. What a trial does: jobs/trial.py.
 """
 
+import contextlib
 import functools
 import logging
+import sys
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from mdt_ray import run_folder, storage
-from mdt_ray.config import TuneConfig
-from mdt_ray.jobs import fanout, nodes, progress, trial
+from mdt_ray.config import TuneConfig, WorkersConfig
+from mdt_ray.interrupts import Wish
+from mdt_ray.jobs import control, fanout, progress, session, trial
+from mdt_ray.jobs.budget import Budget
+from mdt_ray.tuning import lines
 from mdt_ray.tuning.space import Space
 from mdt_ray.tuning.trials import FAILED, STOPPED, Trial, by_training, invalid, results_in
 
@@ -29,17 +34,36 @@ REDUCTION = 3
 """One of so many trials goes on at each of ASHA's rungs (arXiv 1810.05934 compares 2 to 4)."""
 SIGNAL, PROGRESS, WHOLE = "val_loss", "progress", 1000
 """What trials that end early are chosen by, and how far a trial is, of WHOLE."""
+LEFT = "left"
+"""Status of a run of Tune that was asked to stop: its trials go on the next time."""
 
 
-def run_listed(config: TuneConfig, trials: list[Trial], token: str) -> None:
-    """Run those of the trials that have not ended."""
+class Sweep(NamedTuple):
+    """What a sweep's runs have in common."""
+
+    config: TuneConfig
+    metric: str
+    """That ranks the trials."""
+    token: str
+    """Of the claim on the output."""
+    budget: Budget
+    wish: Wish
+    """Says when to stop."""
+
+
+def run_listed(sweep: Sweep, trials: list[Trial]) -> str | None:
+    """Run those of the trials that have not ended; returns why they were asked to stop, if they were."""
     open_ = [t for t in trials if t.result() is None]
-    groups = by_training(trials if config.scheduler != "none" else open_)
-    _fit(config, token, total=len(trials), initial=len(trials) - len(open_), groups=groups)
+    groups = by_training(trials if sweep.config.scheduler != "none" else open_)
+    return _fit(sweep, total=len(trials), initial=len(trials) - len(open_), groups=groups)
 
 
-def run_suggested(config: TuneConfig, space: Space, known: list[Trial], metric: str, token: str) -> None:
-    """Run what Optuna suggests after what is known, up to config.max_trials in all. Raises ValueError without Optuna."""
+def run_suggested(sweep: Sweep, space: Space, known: list[Trial]) -> str | None:
+    """Run what Optuna suggests after what is known, up to config.max_trials in all; returns as `run_listed`.
+
+    Raises ValueError without Optuna.
+    """
+    config, metric = sweep.config, sweep.metric
     try:
         from mdt_ray.jobs.suggestions import Suggestions
     except ImportError as error:
@@ -51,20 +75,21 @@ def run_suggested(config: TuneConfig, space: Space, known: list[Trial], metric: 
     # The same seed again would suggest the same points again.
     seed = config.train.seed + len(results_in(config.output))
     suggestions = Suggestions(domains, metrics, modes, [t.point for t in known], seed)
-    _fit(config, token, total=config.max_trials, initial=0, suggestions=suggestions)
+    return _fit(sweep, total=config.max_trials, initial=0, suggestions=suggestions)
 
 
-def _fit(config: TuneConfig, token: str, *, total: int, initial: int, groups: Sequence[list[Trial]] = (),
-         suggestions: Any = None) -> None:
+def _fit(sweep: Sweep, *, total: int, initial: int, groups: Sequence[list[Trial]] = (),
+         suggestions: Any = None) -> str | None:
     """Run Tune to its end, whatever becomes of single trials: over groups, or over what is suggested."""
+    config, channel = sweep.config, control.open_control()
     workers, num_runs = config.train.workers, len(groups) or total
-    room = sum(nodes.num_fitting(node["Resources"], workers) for node in ray.nodes() if node["Alive"])
-    concurrent = min(config.max_concurrent_trials or max(room // workers.num_workers, 1), num_runs)
+    concurrent = min(config.max_concurrent_trials or _concurrent(workers), num_runs)
     takes = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
     with progress.bar(total, "trial", "tune", initial=initial) as bar:
+        ledger = _Ledger(sweep, bar, groups)
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(
-                ray.tune.with_parameters(_run, config=config, groups=groups, token=token),
+                ray.tune.with_parameters(_run, config=config, groups=groups, token=sweep.token, channel=channel),
                 takes if workers.num_workers == 1 else {"CPU": DRIVER_CPUS}),
             param_space={"group": ray.tune.grid_search(list(range(len(groups))))} if groups else None,
             tune_config=ray.tune.TuneConfig(
@@ -74,13 +99,32 @@ def _fit(config: TuneConfig, token: str, *, total: int, initial: int, groups: Se
             run_config=ray.tune.RunConfig(
                 name=uuid.uuid4().hex[:12], storage_path=storage.join(config.output, "ray"), verbose=0,
                 failure_config=ray.tune.FailureConfig(max_failures=MAX_LOSSES),
-                callbacks=[_Ledger(bar, config, groups)]))
+                callbacks=[ledger]))
+
+        def fit() -> None:
+            for error in (result.error for result in tuner.fit() if result.error is not None):
+                logger.warning("a trial did not end: %s", fanout.root_cause(error))
+
+        def meanwhile() -> str | None:
+            sweep.budget.count(len(ledger.running))
+            return sweep.budget.used_up()
+
         try:
-            found = tuner.fit()
+            return control.watch(fit, channel, config.train, workers.num_workers, sweep.wish, ledger.on_row, meanwhile)
         finally:
+            sweep.budget.write()
             storage.remove(storage.join(config.output, "ray"))
-    for error in (result.error for result in found if result.error is not None):
-        logger.warning("a trial did not end: %s", fanout.root_cause(error))
+            ray.kill(channel)
+
+
+def _concurrent(workers: WorkersConfig) -> int:
+    """Trials that run at the same time, so that the processes that wait for workers take no worker its CPU."""
+    count = session.room(workers) // workers.num_workers
+    driver = DRIVER_CPUS if workers.num_workers > 1 else 0
+    cpus = ray.cluster_resources().get("CPU", 0)
+    while count > 1 and count * (workers.num_workers * workers.cpus_per_worker + driver) > cpus:
+        count -= 1
+    return max(count, 1)
 
 
 def _scheduler(config: TuneConfig) -> TrialScheduler:
@@ -97,34 +141,71 @@ def _trials_of(params: dict[str, Any], config: TuneConfig, groups: Sequence[list
 
 
 class _Ledger(ray.tune.Callback):
-    """Writes down which trials were ended early, and moves the bar on. Tune pickles its callbacks, and a bar on a terminal
-    cannot be: it stays behind."""
+    """Writes down which trials were ended early, and shows on the terminal what runs and what ended. Tune pickles its
+    callbacks, and a bar on a terminal cannot be: it stays behind."""
 
-    def __init__(self, bar: Any, config: TuneConfig, groups: Sequence[list[Trial]]):
-        self.bar, self.config, self.groups = bar, config, groups
+    def __init__(self, sweep: Sweep, bar: Any, groups: Sequence[list[Trial]]):
+        self.bar, self.config, self.metric, self.groups = bar, sweep.config, sweep.metric, groups
         self.rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.running: set[str] = set()
+        """Runs of Tune."""
+        self.steps: dict[str, str] = {}
+        """How far the trials are that train now, by name."""
+        self.keys: list[str] = []
+        """The columns of the table, once it is begun."""
+        self.told = {t.name for group in groups for t in group if t.result() is not None}
+        """Trials that have their line, or had it in an earlier run."""
+
+    def on_row(self, row: dict[str, Any]) -> None:
+        if row["trial"] in self.told:
+            return
+        self.steps[row["trial"]] = f"{row['point']}: step {row['step']} loss {row['loss']:.3f}"
+        self.bar.set_postfix_str("; ".join(self.steps.values()))
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self.running.add(trial.trial_id)
+
+    def on_trial_error(self, iteration, trials, trial, **info):
+        self.running.discard(trial.trial_id)
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         self.rows[trial.trial_id] += [result["row"]] if "row" in result else []
 
     def on_trial_complete(self, iteration, trials, trial, **info):
+        self.running.discard(trial.trial_id)
         try:
             ended = _trials_of(trial.config, self.config, self.groups)
         except ValueError:
             return
         for t in ended:
-            if t.result() is None:
+            self.steps.pop(t.name, None)
+            if t.name in self.told:
+                continue
+            result = t.result()
+            if result is None and trial.last_result.get("status") == LEFT:
+                continue
+            if result is None:
                 rows = self.rows[trial.trial_id]
-                t.end(STOPPED, curve=rows, reason=f"{self.config.scheduler}: its {SIGNAL} was among the worse at step "
-                                                  f"{rows[-1]['step']}" if rows else self.config.scheduler)
-        self.bar.update(len(ended))
+                result = t.end(STOPPED, curve=rows, reason=f"{self.config.scheduler}: its {SIGNAL} was among the worse at "
+                                                           f"step {rows[-1]['step']}" if rows else self.config.scheduler)
+            self._tell(result)
+
+    def _tell(self, result: dict[str, Any]) -> None:
+        self.told.add(result["name"])
+        self.bar.update()
+        if not self.keys:
+            self.keys = list(result["point"])
+            self.bar.write(lines.header(self.keys, self.metric), file=sys.stderr)
+        self.bar.write(lines.line(result, self.keys, self.metric), file=sys.stderr)
 
     def __reduce__(self):
         return ray.tune.Callback, ()
 
 
-def _run(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], token: str) -> None:
+def _run(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], token: str, channel: Any) -> None:
     """In a process of Ray Tune: the trials that a run of it stands for."""
+    if ray.get(channel.asked.remote()):
+        return ray.tune.report({"status": LEFT})
     def may_write() -> bool:
         return run_folder.holds(config.output, token)
 
@@ -134,17 +215,27 @@ def _run(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial
         invalid(config.output, dict(params), config.train.seed, str(error))
         return ray.tune.report({"status": FAILED})
     reference = storage.join(config.output, "reference")
-    for t in here:
-        # (Those after the first one find the training done, and its rows told.)
-        result = trial.run(t, reference, may_write, functools.partial(_report, t) if t is here[0] else lambda row: None)
-        costs = {name: result[name] for name in ("train_seconds", "num_parameters") if name in result}
-        signal = next((row[SIGNAL] for row in reversed(result.get("curve", [])) if SIGNAL in row), None)
-        ray.tune.report(result.get("metrics", {}) | costs | {"status": result["status"], PROGRESS: WHOLE}
-                        | ({SIGNAL: signal} if signal is not None else {}))
+    with contextlib.closing(control.Asked(channel)) as asked:
+        for t in here:
+            # (Those after the first one find the training done, and its rows told.)
+            on_row = functools.partial(_report, t, channel) if t is here[0] else lambda row: None
+            result = trial.run(t, reference, may_write, on_row, asked)
+            if result is None:
+                return ray.tune.report({"status": LEFT})
+            _report_end(result)
 
 
-def _report(t: Trial, row: dict[str, Any]) -> None:
-    """A row that the scheduler goes by. The last one comes with the metrics: a trained trial is not ended before it is
-    judged."""
+def _report_end(result: dict[str, Any]) -> None:
+    """The metrics and costs of a trial that ended, for Optuna and the scheduler."""
+    costs = {name: result[name] for name in ("train_seconds", "num_parameters") if name in result}
+    signal = next((row[SIGNAL] for row in reversed(result.get("curve", [])) if SIGNAL in row), None)
+    ray.tune.report(result.get("metrics", {}) | costs | {"status": result["status"], PROGRESS: WHOLE}
+                    | ({SIGNAL: signal} if signal is not None else {}))
+
+
+def _report(t: Trial, channel: Any, row: dict[str, Any]) -> None:
+    """A row for the terminal, and for the scheduler where it has what that goes by. The last one comes with the metrics: a
+    trained trial is not ended before it is judged."""
+    channel.put.remote({"trial": t.name, "point": lines.named(t.point), "step": row["step"], "loss": row["loss"]})
     if SIGNAL in row and row["step"] < t.train.num_steps:
         ray.tune.report({PROGRESS: WHOLE * row["step"] // t.train.num_steps, SIGNAL: row[SIGNAL], "row": row})

@@ -3,11 +3,13 @@
 import atexit
 import logging
 import os
+import signal
 
 import ray
 from ray._private.worker import get_dashboard_url
 
 from mdt_ray.config import WorkersConfig
+from mdt_ray.interrupts import Wish, stop_signals
 from mdt_ray.jobs import nodes
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,19 @@ def start(dashboard: bool = False) -> None:
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
 
 
+def start_heeding(dashboard: bool = False) -> Wish:
+    """`start`, with signals that come meanwhile noted in what is returned."""
+    with stop_signals() as wish:
+        try:
+            start(dashboard)
+        except SystemExit:  # from Ray's own handler of SIGTERM, which is there from the middle of its start on
+            wish.signum = signal.SIGTERM
+        except Exception:  # a terminal's Ctrl-C also ends the processes that Ray was starting
+            if wish.signum is None:
+                raise
+    return wish
+
+
 def require_spare_cpu(workers: WorkersConfig) -> None:
     """Raise ValueError where the workers take every CPU of this machine's Ray and leave none to the tasks that feed them;
     a cluster may grow, so there it is a warning."""
@@ -63,6 +78,15 @@ def require_spare_cpu(workers: WorkersConfig) -> None:
     if taken + 1 > have:
         _refuse(f"workers.num_workers = {workers.num_workers}: with {workers.cpus_per_worker:g} CPUs each they take all of "
                 f"the {have:g} that Ray has, and reading and decoding needs at least one", "use fewer")
+
+
+def room(workers: WorkersConfig) -> int:
+    """How many workers this Ray holds at the same time where nothing else runs; of a local session's CPUs those that the
+    machine has."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not os.environ.get("RAY_ADDRESS"):
+        found = [have | {"CPU": max(have.get("CPU", 0) - WAITING_CPUS, 0)} for have in found]
+    return sum(nodes.num_fitting(have, workers) for have in found)
 
 
 def require_room(workers: WorkersConfig) -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import save as save_safetensors
 from mdt_ray.config import WorkersConfig
 from mdt_ray.data.picture_sets import read_range
 from mdt_ray.evaluation import chunks, extractors
+from mdt_ray.interrupts import Stopped, Wish
 from mdt_ray.jobs import session
 from mdt_ray.jobs.fanout import Stage
 
@@ -56,10 +57,12 @@ def reading(handed: list[dict[str, Any]], workers: WorkersConfig) -> list[Stage]
     return [Stage(Read, (handed,), readers, False), Stage(Measure, (vars(workers),), workers)]
 
 
-def here(stages: list[Stage], items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same work in this process, without Ray."""
+def here(stages: list[Stage], items: list[dict[str, Any]], wish: Wish | None = None) -> Iterator[dict[str, Any]]:
+    """The same work in this process, without Ray. Raises Stopped before the next item where it is asked to stop."""
     workers = [stage.worker(*stage.arguments) for stage in stages] if items else []
     for item in items:
+        if wish is not None and wish.signum is not None:
+            raise Stopped(wish.signum, "stopped; the chunks so far are kept")
         for work in workers:
             item = work(item)
         yield item

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import logging
 import math
-import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -72,10 +71,11 @@ def is_finished(config: TrainConfig) -> bool:
     return checkpoints.steps_done(config.output) >= config.num_steps
 
 
-def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None) -> str:
+def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None, wish: Wish | None = None) -> str:
     """Train to config.num_steps; returns the URI of the newest checkpoint. Does nothing where that is done.
 
     on_row: gets every row of metrics that is news.
+    wish: says when to stop, instead of this process's signals.
     Raises ValueError as `prepare`, and if the output holds another run or has another writer; Stopped after a signal, with
     a checkpoint written; what a worker raised, once it failed too often.
     """
@@ -85,23 +85,16 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
     finished = is_finished(config)
     if not finished or samples.due(config.output, config.sample_every_steps):
         with run_folder.claim(config.output, run) as token:
-            with stop_signals() as wish:
-                try:
-                    session.start()
-                except SystemExit:  # from Ray's own handler of SIGTERM, which is there from the middle of its start on
-                    wish.signum = signal.SIGTERM
-                except Exception:  # a terminal's Ctrl-C also ends the processes that Ray was starting
-                    if wish.signum is None:
-                        raise
-            _heed(config, wish)
-            with stop_signals() as wish:
+            listening = stop_signals if wish is None else functools.partial(contextlib.nullcontext, wish)
+            _heed(config, session.start_heeding())
+            with listening() as wish:
                 preflight.check_nodes(config, manifest)
             _heed(config, wish)
             if config.init_from and not checkpoints.list_finished(config.output):
                 logger.info("starting from %s; %s lists what is taken and what is new", config.init_from,
                             storage.join(config.output, INIT_FROM))
             first_step = checkpoints.newest_step(config.output)
-            with (open_trackers(config.track, config.output, run, first_step) as track, stop_signals() as wish,
+            with (open_trackers(config.track, config.output, run, first_step) as track, listening() as wish,
                   _shown(config, first_step, track, on_row) as show):
                 on_the_way = previews.Previews(config, show)
                 try:

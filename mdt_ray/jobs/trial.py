@@ -15,13 +15,15 @@ import torch
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import LossConfig, ModelConfig, TrainConfig, TuneConfig
+from mdt_ray.interrupts import Stopped, Wish
 from mdt_ray.jobs import evaluate as evaluating
 from mdt_ray.jobs import session
 from mdt_ray.jobs import train as training
 from mdt_ray.training import cost as costs
 from mdt_ray.training.run import METRICS, TrainingDiverged, run_rank
 from mdt_ray.training.step import build_model
-from mdt_ray.training.trackers import open_trackers
+from mdt_ray.training.trackers import open_trackers, write_trial
+from mdt_ray.tuning.lines import file_name
 from mdt_ray.tuning.space import Point
 from mdt_ray.tuning.trials import FAILED, FINISHED, Trial
 
@@ -54,6 +56,7 @@ def resolve_trial(config: TuneConfig, point: Point, seed: int) -> Trial:
     name = config_io.fingerprint(trained | {"evaluate": config_io.identity_fields(evaluate)})[:12]
     output = storage.join(config.output, "trainings", config_io.fingerprint(trained)[:12])
     return Trial(name=name, point=point, seed=seed, folder=storage.join(config.output, "trials", name),
+                 board=storage.join(config.output, "tensorboard", f"{file_name(point)}seed-{seed}"),
                  train=dataclasses.replace(train, output=output), evaluate=evaluate)
 
 
@@ -71,14 +74,15 @@ def _flops(model: ModelConfig, loss: LossConfig) -> int:
     return costs.count(TrainConfig(model=model, loss=loss), None, on_gpu=False).training_flops
 
 
-def run(trial: Trial, reference_root: str, may_write: Callable[[], bool],
-        on_row: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run(trial: Trial, reference_root: str, may_write: Callable[[], bool], on_row: Callable[[dict[str, Any]], None],
+        wish: Wish) -> dict[str, Any] | None:
     """Bring a trial to its end; returns its result. Where it has one, only its rows are told again.
 
     Args:
         reference_root: folder of the real images' features, which trials share.
         may_write: whether the sweep that started this process still holds its folder.
         on_row: gets every row of metrics, those of an earlier run too.
+        wish: where it says to stop, what was done is kept for the next time, and None returned.
     Raises what is not the trial's own fault, such as a lost worker: it goes on the next time.
     """
     known = trial.result()
@@ -88,24 +92,28 @@ def run(trial: Trial, reference_root: str, may_write: Callable[[], bool],
         return known
     started = time.perf_counter()
     try:
-        rows = _train(trial.train, may_write, on_row)
-        judged = [{"step": step, "metrics": metrics} | _cost(rows, step) for step, metrics in _judge(trial, reference_root)]
+        rows = _train(trial.train, may_write, on_row, wish)
+        judged = [{"step": step, "metrics": metrics} | _cost(rows, step)
+                  for step, metrics in _judge(trial, reference_root, wish)]
+    except Stopped:
+        return None
     except FAILURES as error:
         logger.warning("trial %s failed: %s", trial.name, error)
         return trial.end(FAILED, reason=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started)
     last = judged[-1]
+    write_trial(trial.board, trial.name, trial.point | {"seed": trial.seed}, rows, last["metrics"])
     return trial.end(FINISHED, metrics=last["metrics"], judged=judged, curve=rows, train_seconds=last["train_seconds"],
                      num_parameters=_num_parameters(trial.train), seconds=time.perf_counter() - started)
 
 
-def _train(config: TrainConfig, may_write: Callable[[], bool],
-           on_row: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
-    """Train to the end; returns the rows of metrics."""
+def _train(config: TrainConfig, may_write: Callable[[], bool], on_row: Callable[[dict[str, Any]], None],
+           wish: Wish) -> list[dict[str, Any]]:
+    """Train to the end; returns the rows of metrics. Raises Stopped, with a checkpoint written."""
     newest = checkpoints.list_finished(config.output)[-1:]
     for row in checkpoints.read_metrics(storage.join(newest[0], METRICS)) if newest else []:
         on_row(row)
     if config.workers.num_workers > 1:
-        training.train(config, on_row)
+        training.train(config, on_row, wish)
         return checkpoints.read_metrics(storage.join(config.output, METRICS))
     config, manifest, described = training.prepare(config)
     # The sweep's claim covers its trials: a trial that outlives a killed sweep must not stop the next sweep's.
@@ -116,17 +124,21 @@ def _train(config: TrainConfig, may_write: Callable[[], bool],
             track(row)
             on_row(row)
 
-        return run_rank(config, manifest, described, device=device, report=told, may_write=may_write).history
+        state = run_rank(config, manifest, described, device=device, report=told, may_write=may_write,
+                         should_stop=lambda: wish.signum is not None)
+    if state.step < config.num_steps:
+        raise Stopped(wish.signum, f"stopped at step {state.step}")
+    return state.history
 
 
-def _judge(trial: Trial, reference_root: str) -> list[tuple[int, dict[str, float]]]:
+def _judge(trial: Trial, reference_root: str, wish: Wish) -> list[tuple[int, dict[str, float]]]:
     """Steps and metrics of the checkpoints kept for good, and of the last one."""
     every, last = trial.train.keep_every_steps, trial.train.num_steps
     found = {checkpoints.step_of(uri): uri for uri in checkpoints.list_finished(trial.train.output)}
     steps = [step for step in found if step == last or (every and step and step % every == 0)]
     configs = [dataclasses.replace(trial.evaluate, checkpoint=found[step],
-                                   output=storage.join(trial.folder, f"judged-{step}")) for step in steps]
-    judged = evaluating.evaluate_many(configs, reference_root, pool=False)
+                                   output=trial.judged(step)) for step in steps]
+    judged = evaluating.evaluate_many(configs, reference_root, pool=False, wish=wish)
     return [(step, metrics["metrics"]) for step, metrics in zip(steps, judged, strict=True)]
 
 

@@ -5,29 +5,41 @@ from their newest checkpoints, and no other.
 """
 
 import dataclasses
+import io
+import shlex
 from typing import Any
 
-from mdt_ray import run_folder, storage
+import numpy as np
+import pyarrow.csv as pacsv
+
+from mdt_ray import config_io, run_folder, storage
 from mdt_ray.config import TuneConfig, require
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
-from mdt_ray.evaluation import results
+from mdt_ray.evaluation import chunks, results
+from mdt_ray.interrupts import Stopped, Wish, stop_signals
 from mdt_ray.jobs import search, session
+from mdt_ray.jobs.budget import Budget
 from mdt_ray.jobs.trial import resolve, resolve_trial
+from mdt_ray.report import sweep
 from mdt_ray.tuning import compare, trials
 from mdt_ray.tuning.space import Space, load_space
 from mdt_ray.tuning.trials import FAILED, FINISHED, STOPPED, Trial
 
 RESULTS = "results.json"
+BEST, BEST_EVALUATE = "best.toml", "best-evaluate.toml"
+FULL_SAMPLES = 50_000
+"""As the published protocol."""
 DEFAULTS = {"search": "grid", "scheduler": "none", "cost": "none", "equal": "steps", "num_seeds": 1}
 
 
 def tune(config: TuneConfig) -> dict[str, Any]:
     """Run the trials that have no result yet; returns the content of results.json.
 
-    Raises ValueError for a bad space or setting before anything starts, and RuntimeError where trials did not end, or none
-    finished.
+    Raises ValueError for a bad space or setting before anything starts, RuntimeError where trials did not end though nobody
+    asked them to stop, or none finished, and Stopped after a signal, with checkpoints of the running trials written.
     """
+    budget = Budget(config)
     config = dataclasses.replace(config, output=storage.absolute(config.output))
     require(bool(config.evaluate.reference), "evaluate.reference", "", "not given; name real images, or statistics of them")
     space = load_space(config.space)
@@ -43,16 +55,27 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     missing = sum(t.result() is None for t in wanted)
     if config.search == "optuna":
         missing += max(config.max_trials - len(wanted), 0)
-    if missing:
+    reason = budget.used_up() if missing else None
+    if missing and not reason:
         with run_folder.claim(config.output, run) as token:
-            session.start(dashboard=True)
+            _heed(session.start_heeding(dashboard=True), wanted)
             session.require_room(config.train.workers)
-            if config.search == "optuna":
-                search.run_suggested(config, space, wanted, objective(config, space), token)
-                wanted = _known(config)
-            else:
-                search.run_listed(config, wanted, token)
-    return _written(config, space, wanted)
+            with stop_signals() as wish:
+                shared = search.Sweep(config, objective(config, space), token, budget, wish)
+                if config.search == "optuna":
+                    reason = search.run_suggested(shared, space, wanted)
+                    wanted = _known(config)
+                else:
+                    reason = search.run_listed(shared, wanted)
+            _heed(wish, wanted)
+    return _written(config, space, wanted, reason)
+
+
+def _heed(wish: Wish, wanted: list[Trial]) -> None:
+    """Raise Stopped after a signal."""
+    if wish.signum is not None:
+        ended = sum(t.result() is not None for t in wanted)
+        raise Stopped(wish.signum, f"stopped; {ended} of {len(wanted)} trials have ended, the others keep their checkpoints")
 
 
 def _listed(config: TuneConfig, space: Space) -> list[Trial]:
@@ -78,6 +101,9 @@ def _check(config: TuneConfig, space: Space, manifest: Manifest) -> None:
     known = results.METRICS[config.evaluate.extractor]
     require(space.metric in known, "metric", space.metric,
             f"no trial reports it; evaluate.extractor = {config.evaluate.extractor!r} gives {', '.join(sorted(known))}")
+    for key in dict.fromkeys(key for point in ([space.values] if isinstance(space.values, dict) else space.values)
+                             for key in point):
+        require("workers" not in key.split("."), "space", key, "all trials take the same workers; give --train.workers")
     if config.search != "grid":
         require(config.max_trials is not None, "max_trials", None, f"search = {config.search!r} has no end without")
     if config.search == "optuna":
@@ -103,8 +129,11 @@ def objective(config: TuneConfig, space: Space) -> str:
     return results.metric_name(space.metric, config.evaluate.extractor, config.evaluate.num_samples)
 
 
-def _written(config: TuneConfig, space: Space, wanted: list[Trial]) -> dict[str, Any]:
-    """results.json: points best first, and what became of each trial."""
+def _written(config: TuneConfig, space: Space, wanted: list[Trial], reason: str | None) -> dict[str, Any]:
+    """results.json: points best first, and what became of each trial.
+
+    reason: why trials were asked to stop, if they were.
+    """
     metric = objective(config, space)
     ended = [result for t in wanted if (result := t.result()) is not None]
     by_status = {status: [r for r in ended if r["status"] == status] for status in (FINISHED, STOPPED, FAILED)}
@@ -112,26 +141,61 @@ def _written(config: TuneConfig, space: Space, wanted: list[Trial]) -> dict[str,
     if config.search == "optuna":
         failed += [r for r in trials.results_in(config.output) if r["name"].startswith(trials.INVALID)]
     left = len(wanted) - len(ended)
-    if left:
+    if left and not reason:
         raise RuntimeError(f"{left} of {len(wanted)} trials did not end; run the same command again to go on with them")
+    if left and not finished:
+        raise RuntimeError(f"{reason} before any trial finished; the same command with more goes on with them")
     if not finished:
         raise RuntimeError(f"all {len(failed)} trials failed, the first one: {failed[0]['reason']}; mend what is wrong, and "
                            "--retry-failed runs them again")
     rows = compare.ranked(finished, metric, space.mode)
     order = [row.point for row in rows]
-    table = {"metric": metric, "mode": space.mode, "space": space.described(),
+    table = {"metric": metric, "mode": space.mode, "space": space.described(), "paper": space.paper and space.paper.column,
              "points": [_plain(row, space) for row in rows],
              "trials": sorted(finished, key=lambda r: (order.index(r["point"]), r["seed"])),
-             "stopped": by_status[STOPPED], "failed": failed}
+             "stopped": by_status[STOPPED], "failed": failed, "left": left, "left_because": reason if left else None}
     uri = storage.join(config.output, RESULTS)
     if not storage.exists(uri) or storage.read_json(uri) != table:
+        _write_report(config, table, {t.name: t for t in wanted})
         storage.write_json(uri, table)
     return table
 
 
+def _write_report(config: TuneConfig, table: dict[str, Any], by_name: dict[str, Trial]) -> None:
+    """The page, a row a trial as Parquet and CSV, and the best point's settings: to train it again, and to judge it in full.
+    """
+    best = by_name[table["trials"][0]["name"]]
+
+    def at(name: str) -> str:
+        return storage.join(config.output, name)
+
+    train = dataclasses.replace(best.train, output=at("best/train"))
+    judged = dataclasses.replace(best.evaluate, checkpoint=train.output, output=at("best/evaluate"),
+                                 num_samples=FULL_SAMPLES)
+    settings = config_io.to_toml(train)
+    commands = [f"mdt-ray {job} --config {shlex.quote(at(name))}"
+                for job, name in (("train", BEST), ("evaluate", BEST_EVALUATE))]
+    sweep.write(config.output, table, settings, commands, cost=config.cost if config.cost != "none" else "train_seconds",
+                pictures=lambda name: _drawn(by_name[name]))
+    storage.write_bytes(at(BEST), settings.encode())
+    storage.write_bytes(at(BEST_EVALUATE), config_io.to_toml(judged).encode())
+    rows = trials.as_table([*table["trials"], *table["stopped"], *table["failed"]])
+    storage.write_table(at("trials.parquet"), rows)
+    with io.BytesIO() as text:
+        pacsv.write_csv(rows, text)
+        storage.write_bytes(at("trials.csv"), text.getvalue())
+
+
+def _drawn(t: Trial) -> np.ndarray:
+    """The first samples of its last checkpoint, (n, H, W, 3) uint8."""
+    judged = dataclasses.replace(t.evaluate, output=t.judged(t.train.num_steps))
+    return chunks.kept_images(chunks.uris_of(judged), judged.keep_images)[0]
+
+
 def _plain(row: compare.Row, space: Space) -> dict[str, Any]:
     found = {"point": row.point, "mean": row.estimate.mean, "half_width": row.estimate.half_width,
-             "num_seeds": row.estimate.num_seeds, "to_best": None}
+             "num_seeds": row.estimate.num_seeds, "to_best": None,
+             "published": space.paper.value(row.point) if space.paper else None}
     if row.to_best:
         found["to_best"] = dataclasses.asdict(row.to_best) | {"is_noise": row.to_best.is_noise}
-    return found | ({"published": space.paper.value(row.point)} if space.paper else {})
+    return found

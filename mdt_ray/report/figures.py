@@ -25,20 +25,17 @@ LABEL_DIRECTIONS = ((1, -0.6), (1, 0), (0.5, -1), (0, -1), (1, 0.6), (-1, -0.6),
 def curves(series: dict[str, tuple[Sequence[float], Sequence[float]]], x_label: str, y_label: str,
            log: bool = False, level: tuple[str, float] | None = None) -> bytes:
     """Lines name -> (x, y) in one plot; `level` is a named horizontal line to compare with."""
-    figure, axes = _figure(6.4, 3.4)
+    figure, axes = new_figure(6.4, 3.4)
     for colour, (name, (x, y)) in zip(SERIES, series.items(), strict=False):
         axes.plot(x, y, color=colour, linewidth=1.8, label=name, marker="o" if len(x) < 12 else None, markersize=4)
     if level:
         axes.axhline(level[1], color=MUTED, linewidth=1.2, linestyle="--", label=level[0])
     if log:
-        axes.set_yscale("log")
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        log_scale(axes)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
+    return as_png(figure)
 
 
 def picture(pixels: np.ndarray) -> bytes:
@@ -69,12 +66,12 @@ def grid(rows: Sequence[np.ndarray], labels: Sequence[str], columns: Sequence[st
                             color=MUTED)
     for j, column in enumerate(columns):
         axes[0, j].set_title(column, fontsize=9, color=INK, pad=3)
-    return _png(figure)
+    return as_png(figure)
 
 
 def heat_map(x: Sequence[str], y: Sequence[str], values: np.ndarray, x_label: str, y_label: str, title: str) -> bytes:
     """A table of numbers (len(y), len(x)) as coloured cells with the number in each; missing ones are NaN."""
-    figure, axes = _figure(1.3 * len(x) + 2.2, 0.8 * len(y) + 1.5)
+    figure, axes = new_figure(1.3 * len(x) + 2.2, 0.8 * len(y) + 1.5)
     axes.grid(False)
     image = axes.imshow(values, cmap="Blues_r", aspect="auto")
     axes.set_xticks(range(len(x)), x)
@@ -88,18 +85,19 @@ def heat_map(x: Sequence[str], y: Sequence[str], values: np.ndarray, x_label: st
             dark = values[i, j] < (low + high) / 2
             axes.text(j, i, f"{values[i, j]:.4g}", ha="center", va="center", color="white" if dark else INK, fontsize=10)
     figure.colorbar(image, ax=axes, fraction=0.05)
-    return _png(figure)
+    return as_png(figure)
 
 
-def frontier(points: Sequence[Point], x_label: str, y_label: str) -> bytes:
+def frontier(points: Sequence[Point], x_label: str, y_label: str, x_is_cost: bool = False) -> bytes:
     """A sweep's settings by two metrics, high x and low y being good: a marker for each group, a line through those that no
     other beats, which have their labels too, and a ring round the one of the lowest y.
 
+    x_is_cost: the points' x are costs, made negative; they are shown as they were.
     Raises ValueError without points, and for one that is not finite.
     """
     if not points:
         raise ValueError("points: none, but at least one is needed; run the sweep first")
-    figure, axes = _figure(7.2, 4.8)
+    figure, axes = new_figure(7.2, 4.8)
     front = pareto(points)
     best = points[front[0]]
     axes.plot([points[i].x for i in front], [points[i].y for i in front], color=INK, linewidth=1.2, zorder=1)
@@ -112,10 +110,15 @@ def frontier(points: Sequence[Point], x_label: str, y_label: str) -> bytes:
     axes.set_ylabel(y_label)
     axes.set_axisbelow(True)
     axes.margins(x=0.12, y=0.12)
-    axes.legend(frameon=False, fontsize=9)
+    if x_is_cost:
+        axes.invert_xaxis()
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{0.0 - value:g}"))
+    if any(p.group for p in points):
+        axes.legend(frameon=False, fontsize=9)
     _label(axes, [(points[i].x, points[i].y) for i in front],
-           [f"best: {best.group}, {best.label}", *(points[i].label for i in front[1:])], [(p.x, p.y) for p in points])
-    return _png(figure)
+           ["best: " + ", ".join(filter(None, (best.group, best.label))),
+            *(points[i].label for i in front[1:])], [(p.x, p.y) for p in points])
+    return as_png(figure)
 
 
 def _label(axes: Axes, places: Sequence[tuple[float, float]], texts: Sequence[str],
@@ -126,7 +129,7 @@ def _label(axes: Axes, places: Sequence[tuple[float, float]], texts: Sequence[st
     frame, line = axes.get_window_extent(), axes.transData.transform(places)  # (n, 2)
     markers = [_spot(pixel) for pixel in axes.transData.transform(taken)]
     lines = [_spot(pixel) for start, stop in pairwise(line) for pixel in np.linspace(start, stop, 20)]
-    written = [axes.get_legend().get_window_extent()]
+    written = [axes.get_legend().get_window_extent()] if axes.get_legend() else []
     for place, pixel, text in zip(places, line, texts, strict=True):
         for distance, direction in product(LABEL_DISTANCES, LABEL_DIRECTIONS):
             offset = distance * np.array(direction)
@@ -151,7 +154,8 @@ def _spot(pixel: np.ndarray) -> Bbox:
     return Bbox.from_bounds(*(pixel - 4), 8, 8)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, "object"]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A plot in the report's style, of so many inches."""
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.grid(True, color=GRID, linewidth=0.8)
@@ -165,7 +169,17 @@ def _figure(width: float, height: float) -> tuple[Figure, "object"]:
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def log_scale(axes: Axes) -> None:
+    """Of y, with plain numbers."""
+    axes.set_yscale("log")
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.tick_params(which="minor", colors=MUTED, labelsize=9, length=0)
+
+
+def as_png(figure: Figure) -> bytes:
+    """The same bytes for the same picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

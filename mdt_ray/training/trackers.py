@@ -189,6 +189,37 @@ def _tensorboard(output: str, run: dict[str, Any], first_step: int) -> Tracker:
     return Tracker(log, close)
 
 
+def write_trial(folder: str, name: str, point: dict[str, Any], rows: list[dict], metrics: dict[str, float]) -> None:
+    """An event file of a whole run for TensorBoard's HPARAMS and SCALARS: its settings, its rows, and what it came to.
+
+    Args:
+        folder: the run's (URI), by which TensorBoard names it.
+        name: tells its event file from others; the same one is written over.
+        point: settings by path.
+        metrics: shown at the last row's step.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import summary_v2 as hparams
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    file = io.BytesIO()
+    records = RecordWriter(file)
+
+    def write(step: int, values: dict[str, float]) -> None:
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+
+    records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+    plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in point.items()}
+    records.write(Event(wall_time=time.time(), summary=hparams.hparams_pb(plain)).SerializeToString())
+    for row in rows:
+        write(row["step"], tagged(row))
+    write(rows[-1]["step"], {_tag(key): value for key, value in metrics.items()})
+    records.flush()
+    storage.write_bytes(storage.join(folder, f"events.out.tfevents.0000000000.{name}"), file.getvalue())
+
+
 def _mlflow(mlflow: ModuleType, config: TrackConfig, output: str, run: dict[str, Any]) -> Tracker:
     """The output's run in MLflow, or a new one. Its params are the settings that it began with: MLflow changes none."""
     client = mlflow.MlflowClient(tracking_uri=config.mlflow)

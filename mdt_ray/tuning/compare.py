@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 
 from mdt_ray.evaluation.metrics import half_width
-from mdt_ray.tuning.space import Point
+from mdt_ray.tuning.space import Point, are_numbers
+
+BINS = 4
+"""Of numbers that are nearly all different."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,40 @@ def difference(values: Mapping[int, float], others: Mapping[int, float]) -> Esti
     return estimate([values[seed] - others[seed] for seed in shared]) if shared else None
 
 
-def importance(rows: Sequence[Row]) -> dict[str, float]:
+def reached(x: Sequence[float], y: Sequence[float], level: float, mode: str = "min") -> float | None:
+    """Where a curve first is as good as a level, on straight lines between its points; None where it never is."""
+    sign = -1 if mode == "max" else 1
+    good = [sign * (value - level) <= 0 for value in y]
+    if True not in good:
+        return None
+    first = good.index(True)
+    if first == 0:
+        return float(x[0])
+    return float(np.interp(0.0, [-sign * (y[first - 1] - level), -sign * (y[first] - level)], [x[first - 1], x[first]]))
+
+
+def importance(scores: Sequence[tuple[Point, float]]) -> dict[str, float]:
     """Share of the variance between points that the mean over each setting's values explains, by setting, largest first.
 
-    Main effects only: what two settings do together counts for neither. Of settings that take one value, nothing.
+    Main effects only: what two settings do together counts for neither. Of settings that take one value, nothing. Numbers of
+    which most are different, such as draws from a range, are taken in BINS parts of equal count.
     """
-    means = np.array([row.estimate.mean for row in rows])
+    means = np.array([mean for _, mean in scores])
     total = means.var()
     shares = {}
-    for key in dict.fromkeys(key for row in rows for key in row.point):
+    for key in dict.fromkeys(key for point, _ in scores for key in point):
         groups: dict[str, list[float]] = defaultdict(list)
-        for row, mean in zip(rows, means, strict=True):
-            groups[repr(row.point.get(key))].append(mean)
+        for level, mean in zip(_levels([point.get(key) for point, _ in scores]), means, strict=True):
+            groups[level].append(mean)
         if len(groups) > 1:
             between = sum(len(group) * (np.mean(group) - means.mean()) ** 2 for group in groups.values()) / len(means)
             shares[key] = float(between / total) if total > 0 else 0.0
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _levels(values: list[Any]) -> list[str]:
+    """What values are grouped by."""
+    if not are_numbers(values) or 2 * len(set(values)) <= len(values) or len(values) <= BINS:
+        return [repr(value) for value in values]
+    ranks = np.argsort(np.argsort(values, kind="stable"))
+    return [str(rank * BINS // len(values)) for rank in ranks]

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import itertools
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ class Space:
         if isinstance(self.values, list):
             return self.values
         return {key: value if isinstance(value, list) else _text(value) for key, value in self.values.items()}
+
+
+def are_numbers(values: Iterable[Any]) -> bool:
+    """Whether all of a setting's values have a size."""
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def _draw(choices: Any, generator: np.random.Generator) -> Any:

@@ -1,14 +1,18 @@
 """The ledger of a sweep: its trials, each known by its settings, and what became of them.
 
-    trainings/<name>/            what `train` writes; trials that differ in how they are judged share one
-    trials/<name>/judged-<step>/ samples' features and metrics.json of a checkpoint
-    trials/<name>/result.json    written last: how the trial ended
+    trainings/<name>/               what `train` writes; trials that differ in how they are judged share one
+    trials/<name>/judged-<step>/    samples' features and metrics.json of a checkpoint
+    tensorboard/<point and seed>/   its settings, rows and metrics for TensorBoard
+    trials/<name>/result.json       written last: how the trial ended
 
 This is the truth for every restart. What runs trials: jobs/tune.py.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
 
 from mdt_ray import config_io, storage
 from mdt_ray.config import EvaluateConfig, TrainConfig
@@ -32,12 +36,18 @@ class Trial:
     train: TrainConfig
     evaluate: EvaluateConfig
     folder: str
+    board: str
+    """Folder of what TensorBoard shows of it, with a name for people."""
 
     def result(self) -> dict[str, Any] | None:
         """What became of it: `status`, `point`, `seed`, and `metrics` or the `reason` why there are none; None if it is not
         ended."""
         uri = storage.join(self.folder, RESULT)
         return storage.read_json(uri) if storage.exists(uri) else None
+
+    def judged(self, step: int) -> str:
+        """Folder of the evaluation of its checkpoint of that step."""
+        return storage.join(self.folder, f"judged-{step}")
 
     def end(self, status: str, **facts: Any) -> dict[str, Any]:
         """Write down how it ended; returns that."""
@@ -49,6 +59,23 @@ def results_in(output: str) -> list[dict[str, Any]]:
     root = storage.join(output, "trials")
     uris = [storage.join(root, name, RESULT) for name in sorted(storage.list_names(root))]
     return [storage.read_json(uri) for uri in uris if storage.exists(uri)]
+
+
+def as_table(results: list[dict[str, Any]]) -> pa.Table:
+    """A row for each trial that ended: what it is, its settings by path, its metrics and what it cost."""
+    costs = ("num_parameters", "train_seconds", "seconds", "reason")
+    rows = [{key: result[key] for key in ("name", "status", "seed")} | result["point"] | result.get("metrics", {})
+            | {key: result.get(key) for key in costs} for result in results]
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
+    return pa.table({key: _column(values) for key, values in columns.items()})
+
+
+def _column(values: list[Any]) -> pa.Array:
+    plain = [json.dumps(value) if isinstance(value, list | tuple | dict) else value for value in values]
+    try:
+        return pa.array(plain)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # numbers and words
+        return pa.array([None if value is None else str(value) for value in plain])
 
 
 def invalid(output: str, point: Point, seed: int, reason: str) -> None:

@@ -172,23 +172,28 @@ def test_evaluate_goes_on_after_a_kill(folder, straight_evaluate, environment, v
 
 
 @pytest.mark.slow
-def test_tune_goes_on_after_a_killed_driver(folder, checkpoint, environment):
+@pytest.mark.parametrize("victim", ["driver", "ImplicitFunc"])
+def test_tune_goes_on_after_a_kill(folder, checkpoint, environment, victim):
+    """A lost trial is started again by the sweep, a lost sweep by the same command."""
     def command(name: str) -> list[str]:
         return ["tune", "digits", "--output", f"{folder}/{name}", "--train.latents", f"{folder}/digits",
                 "--train.num-steps", "30", "--evaluate.num-samples", "50", "--max-concurrent-trials", "1"]
 
     harness.run_here(command("straight-tune"))
-    killed = folder / "killed-tune"
-    code = harness.run_and_kill(command("killed-tune"), environment,
+    name = f"killed-{victim}-tune"
+    killed = folder / name
+    code = harness.run_and_kill(command(name), environment, victim=victim,
                                 when=lambda: len(list(killed.glob("trials/*/result.json"))) >= 1)
-    assert code == -9
+    assert code == (-9 if victim == "driver" else 0)
     finished = {p: p.stat().st_mtime_ns for p in killed.glob("trials/*/result.json")}
-    assert len(finished) < 4
-    harness.run(command("killed-tune"), environment)
+    assert len(finished) < 4 if victim == "driver" else len(finished) == 4
+    harness.run(command(name), environment)
     assert {p: p.stat().st_mtime_ns for p in finished} == finished, "finished trials are not run again"
     results = [json.loads((folder / name / "results.json").read_text())["trials"]
-               for name in ("straight-tune", "killed-tune")]
+               for name in ("straight-tune", name)]
     for trials in results:
         assert len(trials) == len({t["name"] for t in trials}) == 4
     assert [t["metrics"] for t in results[0]] == [t["metrics"] for t in results[1]]
     assert harness.leftovers(killed) == []
+    assert harness.open_placement_groups() == []
+    assert harness.ray_process("ImplicitFunc") is None, "no trial outlives its sweep"

@@ -2,12 +2,12 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from tests import harness
+from tests.helpers import Page
 
 pytestmark = pytest.mark.ray
 
@@ -20,31 +20,6 @@ def run(tmp_path_factory, ray_session) -> tuple[Path, list[str]]:
                "--evaluate.num-samples", "60", "--evaluate.sampling.num-sampling-steps", "5"]
     assert harness.run_here(command) == f"report {folder}/report/index.html"
     return folder, command
-
-
-class Page(HTMLParser):
-    """Counts what a browser would fetch, show and close."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.images, self.fetched, self.headings, self.open, self.text = [], [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        if tag == "img":
-            self.images.append(attributes)
-        self.fetched += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")]
-        if tag not in ("img", "meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
 
 
 def test_the_report_is_one_whole_page(run):

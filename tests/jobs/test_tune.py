@@ -2,16 +2,24 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 
+import pyarrow.parquet as pq
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mdt_ray import config_io, presets
-from mdt_ray.config import TuneConfig
+from mdt_ray import checkpoints, config_io, presets
+from mdt_ray.config import EvaluateConfig, TrainConfig, TuneConfig
 from mdt_ray.jobs.trial import resolve
 from mdt_ray.jobs.tune import settled, tune
 from mdt_ray.tuning.space import load_space
 from tests import harness
-from tests.helpers import make_latents
+from tests.conftest import ROOT
+from tests.helpers import Page, make_latents
+from tests.jobs.test_survival import start, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +204,7 @@ def test_bad_spaces_are_refused_before_anything_starts(tmp_path):
     refused("{'loss.mask_ration': [0.3]}", r"unknown setting 'loss.mask_ration'; did you mean 'mask_ratio'")
     refused("{'evaluate.sampling.cfg_scales': [1.0]}", r"unknown setting 'evaluate.sampling.cfg_scales'; did you mean 'cfg_")
     refused("{'loss.mask_ratio': [0.3, 1.5]}", r"loss.mask_ratio = 1.5")
+    refused("{'workers.num_workers': [1, 2]}", "space = 'workers.num_workers': all trials take the same work")
     refused("{'loss.mask_ratio': [0.3]}", "num_seeds = 0: must be at least 1", num_seeds=0)
     some = "{'loss.mask_ratio': [0.3, 0.6]}"
     refused(some, "max_trials = None: search = 'random' has no end without", search="random")
@@ -212,3 +221,112 @@ def test_bad_spaces_are_refused_before_anything_starts(tmp_path):
     refused(some, "scheduler = 'asha': needs a validation loss, but the latents hold out no image; precompute",
             scheduler="asha")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+def test_a_sweep_is_stopped_and_its_budget_kept(latents, tmp_path):
+    """One trial after the other, the first short enough to end; the same command with more goes on from the checkpoint."""
+    config = sweep(tmp_path, latents, "[{'loss.mask_ratio': 0.3}, {'loss.mask_ratio': 0.5}]", max_concurrent_trials=1,
+                   **{"train.keep_every_steps": 0})
+    with pytest.raises(RuntimeError, match=r"time_limit = 1e-05 hours is reached before any trial finished; the same"):
+        tune(dataclasses.replace(config, time_limit=1e-5))
+    first = resolve(settled(config, load_space(config.space)), load_space(config.space).grid())[0]
+    assert results_of(tmp_path) == {}
+    tune(dataclasses.replace(config, space=_space(tmp_path, "first.py", "[{'loss.mask_ratio': 0.3}]")))
+    spent = json.loads((tmp_path / "out" / "spent.json").read_text())["gpu_hours"]
+    assert spent > 0
+    part = tune(dataclasses.replace(config, max_gpu_hours=spent))
+    assert (part["left"], part["left_because"]) == (1, f"max_gpu_hours = {spent:g} are used")
+    assert [t["name"] for t in part["trials"]] == [first.name]
+    assert "1 trials are left: max_gpu_hours" in (tmp_path / "out" / "report" / "index.html").read_text()
+    whole = tune(dataclasses.replace(config, max_gpu_hours=spent + 1))
+    assert (whole["left"], whole["left_because"], len(whole["trials"])) == (0, None, 2)
+    assert json.loads((tmp_path / "out" / "spent.json").read_text())["gpu_hours"] > spent
+
+
+def _space(folder, name: str, text: str) -> str:
+    (folder / name).write_text(f"metric = 'fid'\ndef space():\n    return {text}\n")
+    return str(folder / name)
+
+
+@pytest.mark.ray
+def test_a_sweep_leaves_its_report_and_settings_that_train_again(latents, tmp_path):
+    config = sweep(tmp_path, latents, "{'loss.mask_ratio': [0.3, 0.6], 'model.decode_layer': [1, 2]}", max_trials=3,
+                   **{"evaluate.keep_images": 20})
+    table = tune(config)
+    page = Page((tmp_path / "out" / "report" / "index.html").read_text())
+    assert page.fetched == [], "nothing is loaded from outside"
+    assert page.open == [], "every tag is closed"
+    assert page.headings == ["Points, best first", "fid_digits_40 over the settings", "Learning", "Quality against cost",
+                             "Samples of the best and the worst", "The best point in full"]
+    assert len(page.images) == 4
+    best = config_io.load_file(TrainConfig, tmp_path / "out" / "best.toml")
+    assert {"loss.mask_ratio": best.loss.mask_ratio, "model.decode_layer": best.model.decode_layer} == table["points"][0][
+        "point"]
+    assert best.num_steps == 10
+    judged = config_io.load_file(EvaluateConfig, tmp_path / "out" / "best-evaluate.toml")
+    assert (judged.checkpoint, judged.num_samples) == (best.output, 50_000)
+    rows = pq.read_table(tmp_path / "out" / "trials.parquet").to_pylist()
+    assert [row["name"] for row in rows] == [t["name"] for t in table["trials"]]
+    assert rows[0]["fid_digits_40"] == table["points"][0]["mean"]
+    assert len((tmp_path / "out" / "trials.csv").read_text().splitlines()) == 4
+    boards = sorted(path.name for path in (tmp_path / "out" / "tensorboard").iterdir())
+    assert boards == ["mask_ratio-0.3_decode_layer-1_seed-0", "mask_ratio-0.3_decode_layer-2_seed-0",
+                      "mask_ratio-0.6_decode_layer-1_seed-0"]
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard" / boards[0]))
+    events.Reload()
+    values = [event.value for event in events.Scalars("samples/fid_digits_40")]
+    assert values == pytest.approx([next(t["metrics"]["fid_digits_40"] for t in table["trials"] if t["point"] == {
+        "loss.mask_ratio": 0.3, "model.decode_layer": 1})])
+    assert [event.step for event in events.Scalars("train/loss")] == [5, 10]
+    assert events.PluginTagToContent("hparams"), "the point is there for the HPARAMS tab"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_signal_ends_a_sweep_in_checkpoints(latents, tmp_path, workers):
+    """Also of trials whose workers are launched by Ray Train. The same command goes on."""
+    output = tmp_path / "out"
+    space = _space(tmp_path, "own.py", "{'loss.mask_ratio': [0.3, 0.5]}")
+    command = ["tune", "digits", "--output", str(output), "--space", space, "--train.latents", latents,
+               "--train.num-steps", "150", "--train.checkpoint-every-steps", "50", "--evaluate.num-samples", "40",
+               "--train.workers.num-workers", str(workers), "--max-concurrent-trials", "1"]
+    process = start(command)
+
+    def newest() -> int:
+        return max((checkpoints.newest_step(str(path)) for path in output.glob("trainings/*")), default=0)
+
+    try:
+        wait_for(lambda: newest() >= 50, process, 240)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 130, text
+    assert "stopped; 0 of 2 trials have ended, the others keep their checkpoints; this goes on:" in text
+    step = newest()
+    assert step % 50, f"a checkpoint of its own, not that of step {step}"
+    assert harness.leftovers(output) == []
+    assert harness.open_placement_groups() == []
+    assert results_of(tmp_path) == {}
+    if workers == 1:
+        harness.run_here(command)
+        assert {r["status"] for r in results_of(tmp_path).values()} == {"finished"}
+        for result in results_of(tmp_path).values():
+            assert [row["step"] for row in result["curve"]] == list(range(25, 151, 25))
+
+
+@pytest.mark.slow
+def test_trials_of_a_lost_node_go_on_elsewhere(latents, tmp_path):
+    output = tmp_path / "out"
+    outside = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-m", "tests.jobs.tune_nodes", latents, str(output)], env=outside, cwd=ROOT,
+                          capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["code"] == 0, seen["log"]
+    table = json.loads((output / "results.json").read_text())
+    assert [t["status"] for t in table["trials"]] == ["finished"] * 2
+    for trial in table["trials"]:
+        assert [row["step"] for row in trial["curve"]] == list(range(25, 151, 25))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.jobs.test_kills import TRAIN
 
@@ -21,13 +22,11 @@ STORE = 150 * 2**20
 
 
 class Driver:
-    """`mdt-ray train` in a process of its own, and what it says."""
+    """`mdt-ray <arguments>` in a process of its own, and what it says."""
 
-    def __init__(self, address: str, latents: str, output: str, every: int):
+    def __init__(self, address: str, output: str, arguments: list[str]):
         self.log = Path(f"{output}.log")
-        command = [sys.executable, "-m", "mdt_ray.cli", "train", "--latents", latents, "--output", output, *TRAIN,
-                   "--num-steps", "1000000", "--checkpoint-every-steps", str(every), "--workers.num-workers", "2",
-                   "--min-workers", "1"]
+        command = [sys.executable, "-m", "mdt_ray.cli", *arguments, "--output", output]
         with self.log.open("w") as file:
             self.process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": address}, stdout=file, stderr=file)
 
@@ -51,7 +50,8 @@ class Driver:
         self.wait_for(lambda: self.step() > before)
 
 
-def main(scenario: str, latents: str, output: str) -> dict:
+def two_nodes() -> tuple[Any, Any]:
+    """A cluster of two nodes of one CPU, and the second of them."""
     from mdt_ray.jobs import session
 
     for name, value in session.QUIET.items():
@@ -63,8 +63,15 @@ def main(scenario: str, latents: str, output: str) -> dict:
         port = probe.getsockname()[1]
     cluster = Cluster(initialize_head=True, head_node_args={
         "num_cpus": 1, "object_store_memory": STORE, "include_dashboard": True, "dashboard_port": port})
-    second = cluster.add_node(num_cpus=1, object_store_memory=STORE)
-    driver = Driver(cluster.address, latents, output, every=20 if scenario == "loss" else 10_000_000)
+    return cluster, cluster.add_node(num_cpus=1, object_store_memory=STORE)
+
+
+def main(scenario: str, latents: str, output: str) -> dict:
+    cluster, second = two_nodes()
+    every = 20 if scenario == "loss" else 10_000_000
+    driver = Driver(cluster.address, output, ["train", "--latents", latents, *TRAIN, "--num-steps", "1000000",
+                                              "--checkpoint-every-steps", str(every), "--workers.num-workers", "2",
+                                              "--min-workers", "1"])
     try:
         driver.wait_for(lambda: driver.step() >= 20)
         if scenario == "loss":

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mdt_ray.tuning.compare import Estimate, difference, estimate, importance, ranked
+from mdt_ray.tuning.compare import Estimate, difference, estimate, importance, ranked, reached
 
 
 def result(value, seed=0, **point):
@@ -53,9 +53,27 @@ def test_points_are_ranked_by_their_means_over_seeds():
 
 
 def test_importance_is_the_variance_that_a_setting_explains():
-    rows = ranked([result(10.0 * a + b, a=a, b=b, c=7) for a in (0, 1) for b in (0, 1)], "fid_300", "min")
+    rows = [({"a": a, "b": b, "c": 7}, 10.0 * a + b) for a in (0, 1) for b in (0, 1)]
     assert importance(rows) == pytest.approx({"a": 100 / 101, "b": 1 / 101})
     assert list(importance(rows)) == ["a", "b"]
-    both = ranked([result(float(a ^ b), a=a, b=b) for a in (0, 1) for b in (0, 1)], "fid_300", "min")
+    both = [({"a": a, "b": b}, float(a ^ b)) for a in (0, 1) for b in (0, 1)]
     assert importance(both) == {"a": 0.0, "b": 0.0}, "what two settings do together counts for neither"
-    assert importance(ranked([result(3.0, a=1), result(3.0, a=2)], "fid_300", "min")) == {"a": 0.0}
+    assert importance([({"a": 1}, 3.0), ({"a": 2}, 3.0)]) == {"a": 0.0}
+
+
+def test_importance_of_draws_from_a_range():
+    """Every value is another one: that each explains itself says nothing."""
+    generator = np.random.default_rng(0)
+    draws = [{"a": float(a), "b": float(b)} for a, b in generator.random((200, 2))]
+    found = importance([(point, 3 * point["a"] + generator.normal(0, 0.1)) for point in draws])
+    assert 0.85 < found["a"] < 0.97, "15/16 of a line's variance lies between its quarters"
+    assert found["b"] < 0.05
+
+
+def test_a_level_is_reached_between_two_points_of_a_curve():
+    assert reached([10, 20, 30], [5.0, 3.0, 1.0], 3.0) == 20
+    assert reached([10, 20, 30], [5.0, 3.0, 1.0], 2.5) == 22.5
+    assert reached([10, 20, 30], [5.0, 3.0, 1.0], 9.0) == 10, "where the curve begins, which may be late"
+    assert reached([10, 20, 30], [5.0, 3.0, 1.0], 0.5) is None
+    assert reached([10, 20, 30], [5.0, 3.0, 4.0], 3.5) == 17.5, "the first time"
+    assert reached([10, 20], [0.1, 0.3], 0.2, "max") == 15
