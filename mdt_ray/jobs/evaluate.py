@@ -168,17 +168,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = None,
-                  pool: bool = True, wish: Wish | None = None) -> list[dict[str, Any]]:
+                  pool: bool = True, wish: Wish | None = None, known: dict[Any, Any] | None = None) -> list[dict[str, Any]]:
     """Several evaluations as one job, in which an actor loads each model once; they share the real images' features.
 
     Args:
         reference_root: folder of the real images' features; by default the first output.
         pool: False works in this process, without Ray, below a folder that the caller has claimed.
         wish: of such work, says when to stop: Stopped is raised before the next chunk.
+        known: what earlier calls of this process opened and measured of the real images; this one adds to it.
     Raises ValueError as `plan`, and if an output holds another run or has another writer.
     """
     root = reference_root or configs[0].output
-    known: dict[Any, Any] = {}
+    known = {} if known is None else known
     wholes = [plan(config, root, known) for config in configs]
     parts = {p.config.output: _ranges(p, root, known) for p in wholes}
     for p in [*wholes, *(part for of in parts.values() for part in of)]:
@@ -195,7 +196,7 @@ def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = No
         missing = [part for p in todo for part in parts[p.config.output] if not _finished(part)]
         started = time.perf_counter()
         busy = _run_missing(missing, pool, wish)
-        compared: dict[str, tuple[Reference, Summary | None]] = {}
+        compared: dict[str, tuple[Reference, Summary | None]] = known.setdefault("compared", {})
         for part in missing:
             run_folder.record(part.config.output, part.run)
             timing = {"seconds": (time.perf_counter() - started) / len(missing), "samplers": busy}

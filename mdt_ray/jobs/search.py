@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ray.tune
+from ray.exceptions import OutOfMemoryError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from mdt_ray import run_folder, storage
@@ -102,8 +103,9 @@ def _fit(sweep: Sweep, *, total: int, initial: int, groups: Sequence[list[Trial]
                 callbacks=[ledger]))
 
         def fit() -> None:
-            for error in (result.error for result in tuner.fit() if result.error is not None):
-                logger.warning("a trial did not end: %s", fanout.root_cause(error))
+            for result in tuner.fit():
+                if result.error is not None:
+                    _give_up(_trials_of(result.config, config, groups), fanout.root_cause(result.error))
 
         def meanwhile() -> str | None:
             sweep.budget.count(len(ledger.running))
@@ -115,6 +117,15 @@ def _fit(sweep: Sweep, *, total: int, initial: int, groups: Sequence[list[Trial]
             sweep.budget.write()
             storage.remove(storage.join(config.output, "ray"))
             ray.kill(channel)
+
+
+def _give_up(trials: list[Trial], error: BaseException) -> None:
+    """After MAX_LOSSES: what was killed for its memory would be again, and has failed; others go on the next time."""
+    for t in trials:
+        if isinstance(error, OutOfMemoryError) and t.result() is None:
+            t.end(FAILED, reason=f"{type(error).__name__}: {error}")
+        else:
+            logger.warning("trial %s did not end: %s", t.name, error)
 
 
 def _concurrent(workers: WorkersConfig) -> int:

@@ -30,6 +30,8 @@ from mdt_ray.tuning.trials import FAILED, FINISHED, Trial
 logger = logging.getLogger(__name__)
 FAILURES = (ValueError, TrainingDiverged, torch.OutOfMemoryError)
 """What is the trial's own fault, and would come again."""
+NO_MEMORY = "can't allocate memory"
+"""What PyTorch says where a CPU's does not suffice."""
 EVALUATE = "evaluate."
 
 
@@ -97,7 +99,9 @@ def run(trial: Trial, reference_root: str, may_write: Callable[[], bool], on_row
                   for step, metrics in _judge(trial, reference_root, wish)]
     except Stopped:
         return None
-    except FAILURES as error:
+    except (*FAILURES, RuntimeError) as error:
+        if not isinstance(error, FAILURES) and NO_MEMORY not in str(error):
+            raise
         logger.warning("trial %s failed: %s", trial.name, error)
         return trial.end(FAILED, reason=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started)
     last = judged[-1]
@@ -138,8 +142,14 @@ def _judge(trial: Trial, reference_root: str, wish: Wish) -> list[tuple[int, dic
     steps = [step for step in found if step == last or (every and step and step % every == 0)]
     configs = [dataclasses.replace(trial.evaluate, checkpoint=found[step],
                                    output=trial.judged(step)) for step in steps]
-    judged = evaluating.evaluate_many(configs, reference_root, pool=False, wish=wish)
+    judged = evaluating.evaluate_many(configs, reference_root, pool=False, wish=wish, known=_opened(reference_root))
     return [(step, metrics["metrics"]) for step, metrics in zip(steps, judged, strict=True)]
+
+
+@functools.cache
+def _opened(reference_root: str) -> dict[Any, Any]:
+    """What this process has read of the real images: Tune gives it one trial after the other."""
+    return {}
 
 
 def _cost(rows: list[dict[str, Any]], step: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ The ledger is ours (tuning/trials.py), not Tune's pickled state: the same comman
 from their newest checkpoints, and no other.
 """
 
+import contextlib
 import dataclasses
 import io
 import shlex
@@ -58,7 +59,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     reason = budget.used_up() if missing else None
     if missing and not reason:
         with run_folder.claim(config.output, run) as token:
-            _heed(session.start_heeding(dashboard=True), wanted)
+            _heed(config, space, session.start_heeding(dashboard=True), wanted)
             session.require_room(config.train.workers)
             with stop_signals() as wish:
                 shared = search.Sweep(config, objective(config, space), token, budget, wish)
@@ -67,14 +68,16 @@ def tune(config: TuneConfig) -> dict[str, Any]:
                     wanted = _known(config)
                 else:
                     reason = search.run_listed(shared, wanted)
-            _heed(wish, wanted)
+            _heed(config, space, wish, wanted)
     return _written(config, space, wanted, reason)
 
 
-def _heed(wish: Wish, wanted: list[Trial]) -> None:
-    """Raise Stopped after a signal."""
+def _heed(config: TuneConfig, space: Space, wish: Wish, wanted: list[Trial]) -> None:
+    """Raise Stopped after a signal, with a table of what finished."""
     if wish.signum is not None:
         ended = sum(t.result() is not None for t in wanted)
+        with contextlib.suppress(RuntimeError):  # nothing has
+            _written(config, space, wanted, "stopped")
         raise Stopped(wish.signum, f"stopped; {ended} of {len(wanted)} trials have ended, the others keep their checkpoints")
 
 

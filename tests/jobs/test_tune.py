@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,12 +46,13 @@ def results_of(folder) -> dict[str, dict]:
 
 @pytest.mark.ray
 def test_trials_are_run_once_whatever_becomes_of_them(latents, tmp_path):
-    """Two seeds of three points, of which one diverges; then the same again; then a third seed of two, with a retry."""
-    space = "[{'loss.mask_ratio': 0.3}, {'loss.mask_ratio': 0.6}, {'optim.lr': 1e30}]"
+    """Two seeds of four points, of which one diverges and one finds no memory; then the same again; then a third seed of
+    three, with a retry."""
+    space = "[{'loss.mask_ratio': 0.3}, {'loss.mask_ratio': 0.6}, {'optim.lr': 1e30}, {'model.hidden_size': 400000}]"
     config = sweep(tmp_path, latents, space, num_seeds=2)
     table = tune(config)
     assert table["metric"] == "fid_digits_40"
-    assert [len(table[key]) for key in ("points", "trials", "failed")] == [2, 4, 2]
+    assert [len(table[key]) for key in ("points", "trials", "failed")] == [2, 4, 4]
     best, other = table["points"]
     assert best["mean"] < other["mean"]
     assert best["num_seeds"] == 2
@@ -58,8 +60,8 @@ def test_trials_are_run_once_whatever_becomes_of_them(latents, tmp_path):
     pairs = [[t["metrics"]["fid_digits_40"] for t in table["trials"] if t["point"] == p["point"]] for p in (best, other)]
     assert other["to_best"]["mean"] == pytest.approx(sum(b - a for a, b in zip(*pairs, strict=True)) / 2)
     for result in table["failed"]:
-        assert result["point"] == {"optim.lr": 1e30}
-        assert result["reason"].startswith("ValueError: ") or result["reason"].startswith("TrainingDiverged: ")
+        expected = "(ValueError|TrainingDiverged): " if "optim.lr" in result["point"] else "RuntimeError: .*can't allocate"
+        assert re.match(expected, result["reason"])
     for trial in table["trials"]:
         assert [judged["step"] for judged in trial["judged"]] == [5, 10], "kept checkpoints are judged too"
         assert trial["judged"][-1]["metrics"] == trial["metrics"]
@@ -77,7 +79,7 @@ def test_trials_are_run_once_whatever_becomes_of_them(latents, tmp_path):
     config = sweep(tmp_path, latents, space.replace("{'loss.mask_ratio': 0.6}, ", ""), num_seeds=3, retry_failed=True)
     held = results_of(tmp_path)
     wider = tune(config)
-    assert [len(wider[key]) for key in ("points", "trials", "failed")] == [1, 3, 3]
+    assert [len(wider[key]) for key in ("points", "trials", "failed")] == [1, 3, 6]
     changed = {name for name, result in results_of(tmp_path).items() if result != held.get(name)}
     assert changed == {t["name"] for t in wider["failed"]} | ({t["name"] for t in wider["trials"]} - held.keys())
 
