@@ -86,7 +86,8 @@ def test_each_reads_the_images_it_says(name, weights):
 
 def test_sizes_and_transforms():
     assert {name: (image_size(name), transform(name)) for name in KINDS} == {
-        "digits": (32, "as they are"), "inception": (None, "tf1-bilinear-299"), "dinov2": (None, "bicubic-antialias-224")}
+        "digits": (32, "as they are"), "fashion": (32, "as they are"), "inception": (None, "tf1-bilinear-299"),
+        "dinov2": (None, "bicubic-antialias-224")}
 
 
 def test_the_defaults_are_the_published_weights(tmp_path):
@@ -135,5 +136,5 @@ def test_other_weights_are_refused(tmp_path, weights):
 def test_an_unknown_name_is_met_with_the_nearest(use):
     with pytest.raises(ValueError, match=r"extractor = 'dino': no such extractor; did you mean 'dinov2'\?"):
         use("dino")
-    with pytest.raises(ValueError, match="known: digits, dinov2, inception"):
+    with pytest.raises(ValueError, match="known: digits, dinov2, fashion, inception"):
         use("vgg")
