@@ -53,7 +53,8 @@ def run_and_kill(arguments: list[str], environment: dict[str, str], when: Callab
                 assert process.poll() is None, f"no process of Ray was called {victim!r}"
                 time.sleep(0.002)
             os.kill(pid, signal.SIGKILL)
-        process.communicate(timeout=timeout)
+        text, _ = process.communicate(timeout=timeout)
+        print(text[-3000:])  # shown where a test fails
         return process.returncode
     finally:
         process.kill()
