@@ -31,6 +31,8 @@ DRIVER_CPUS = 0.1
 """What Tune reserves for a trial whose workers reserve their own."""
 MAX_LOSSES = 3
 """Times that a trial's process may be lost in one run; its checkpoints make a loss cheap."""
+ROUNDS = 2
+"""Tune gives up a trial at once, whatever MAX_LOSSES, whose process dies between two trials: such ones get another round."""
 REDUCTION = 3
 """One of so many trials goes on at each of ASHA's rungs (arXiv 1810.05934 compares 2 to 4)."""
 SIGNAL, PROGRESS, WHOLE = "val_loss", "progress", 1000
@@ -54,9 +56,13 @@ class Sweep(NamedTuple):
 
 def run_listed(sweep: Sweep, trials: list[Trial]) -> str | None:
     """Run those of the trials that have not ended; returns why they were asked to stop, if they were."""
-    open_ = [t for t in trials if t.result() is None]
-    groups = by_training(trials if sweep.config.scheduler != "none" else open_)
-    return _fit(sweep, total=len(trials), initial=len(trials) - len(open_), groups=groups)
+    for _ in range(ROUNDS):
+        open_ = [t for t in trials if t.result() is None]
+        groups = by_training(trials if sweep.config.scheduler != "none" else open_)
+        reason = _fit(sweep, total=len(trials), initial=len(trials) - len(open_), groups=groups) if open_ else None
+        if reason or not open_:
+            return reason
+    return None
 
 
 def run_suggested(sweep: Sweep, space: Space, known: list[Trial]) -> str | None:
@@ -103,9 +109,9 @@ def _fit(sweep: Sweep, *, total: int, initial: int, groups: Sequence[list[Trial]
                 callbacks=[ledger]))
 
         def fit() -> None:
-            for result in tuner.fit():
-                if result.error is not None:
-                    _give_up(_trials_of(result.config, config, groups), fanout.root_cause(result.error))
+            tuner.fit()
+            for params, error in ledger.lost:
+                _give_up(_trials_of(params, config, groups), fanout.root_cause(error))
 
         def meanwhile() -> str | None:
             sweep.budget.count(len(ledger.running))
@@ -160,6 +166,8 @@ class _Ledger(ray.tune.Callback):
         self.rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.running: set[str] = set()
         """Runs of Tune."""
+        self.lost: list[tuple[dict[str, Any], Exception]] = []
+        """Parameters of runs that Tune gave up, and why."""
         self.steps: dict[str, str] = {}
         """How far the trials are that train now, by name."""
         self.keys: list[str] = []
@@ -178,6 +186,7 @@ class _Ledger(ray.tune.Callback):
 
     def on_trial_error(self, iteration, trials, trial, **info):
         self.running.discard(trial.trial_id)
+        self.lost.append((trial.config, trial.get_pickled_error() or trial.get_error() or RuntimeError("process lost")))
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         self.rows[trial.trial_id] += [result["row"]] if "row" in result else []
