@@ -36,6 +36,8 @@ from mdt_ray.evaluation.small import IMAGE_SIZE, NUM_POOL, SmallFeatures, is_hel
 # B batch, H = W = 32 image side, C = 4 latent channels, h = w = 4 latent side.
 NUM_CLASSES = 10
 ROWS_PER_GROUP = 64
+MAX_FOR_SCALE = 4000
+"""Images that tell the latents' scale."""
 GREY_STEP = 4
 """Grey levels are multiples of 4 (and 255): invisible, as scans have 17 levels, and the PNGs are a fifth smaller."""
 
@@ -370,10 +372,17 @@ def build(output: Path, seed: int) -> None:
     write_images(output / "digits.parquet", *draw_digits(), [str(c) for c in range(NUM_CLASSES)])
     images, labels = read_images(output / "digits.parquet")
     training = ~held_out_mask(len(images))
-    vae = train_vae(images[training], VaeSettings(), seed).half().float()  # shipped as float16: measure what is shipped
-    set_scaling_factor(vae, images[training], seed)
+    train_networks(output, images[training], labels[training], VaeSettings(), FeatureSettings(), seed)
+
+
+def train_networks(output: Path, images: torch.Tensor, labels: torch.Tensor, vae_settings: VaeSettings,
+                   feature_settings: FeatureSettings, seed: int) -> None:
+    """vae/ and features.safetensors into `output`, from images (N, 3, 32, 32) uint8 and labels (N,)."""
+    output.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(images, vae_settings, seed).half().float()  # shipped as float16: measure what is shipped
+    set_scaling_factor(vae, images[:MAX_FOR_SCALE], seed)
     vae.half().save_pretrained(output / "vae")
-    network = train_features(images[training], labels[training], vae.float(), FeatureSettings(), seed)
+    network = train_features(images, labels, vae.float(), feature_settings, seed)
     save_file(network.state_dict(), output / "features.safetensors")
     for file in output.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors may leave them readable by their owner alone

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import make_assets
 from make_assets import Bar, FeatureSettings, VaeSettings
-from safetensors.torch import save_file
 
 from mdt_ray.data.sources import ASSETS
 
@@ -66,19 +65,6 @@ def write_pictures(output: Path, images: np.ndarray, labels: np.ndarray) -> None
         make_assets.write_images(path, images[part], labels[part], NAMES, first=start)
 
 
-def train_networks(output: Path, images: torch.Tensor, labels: torch.Tensor, seed: int) -> None:
-    """vae/ and features.safetensors into `output`, from images (N, 3, 32, 32) uint8 and labels (N,)."""
-    output.mkdir(parents=True, exist_ok=True)
-    vae = make_assets.train_vae(images, VAE, seed).half().float()  # kept as float16: measure what is kept
-    make_assets.set_scaling_factor(vae, images[:4000], seed)
-    vae.half().save_pretrained(output / "vae")
-    print("vae done", flush=True)
-    network = make_assets.train_features(images, labels, vae.float(), FEATURES, seed)
-    save_file(network.state_dict(), output / "features.safetensors")
-    for file in output.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors may leave them readable by their owner alone
-
-
 def check(output: Path, images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[list[Bar], str]:
     """Quality on the test pictures."""
     held_out = torch.arange(len(images)) >= NUM_TRAINING
@@ -106,7 +92,7 @@ def main() -> int:
         return 0
     pictures = torch.from_numpy(images)[:, None].expand(-1, 3, -1, -1)  # (N, 3, 32, 32)
     targets = torch.from_numpy(labels)
-    train_networks(args.networks, pictures[:NUM_TRAINING], targets[:NUM_TRAINING], args.seed)
+    make_assets.train_networks(args.networks, pictures[:NUM_TRAINING], targets[:NUM_TRAINING], VAE, FEATURES, args.seed)
     bars, table = check(args.networks, pictures, targets, args.seed + 1)
     print(f"{args.networks} ({time.perf_counter() - started:.0f} s)\n{make_assets.format_bars(bars)}\n{table}")
     return 0 if all(bar.passed for bar in bars) else 1

@@ -23,8 +23,6 @@ class Kind(NamedTuple):
     transform: str  # how images reach the network
 
 
-
-
 def _small(name: str) -> Kind:
     return Kind(load=lambda weights, device: small.load_small_features(name, weights).to(device),
                 sha256=lambda weights: storage.sha256(small.read_small_weights(name, weights)),

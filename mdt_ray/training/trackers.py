@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from mdt_ray import config_io, storage
 from mdt_ray.config import TrackConfig
@@ -144,10 +144,8 @@ def _tensorboard(output: str, run: dict[str, Any], first_step: int) -> Tracker:
     Written record by record: torch's SummaryWriter gives the file a name by the clock alone and, once a write has failed,
     refuses all that follow.
     """
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.event_pb2 import SessionLog
     from tensorboard.plugins.text import summary_v2 as texts
-    from tensorboard.summary.writer.record_writer import RecordWriter
 
     folder = storage.join(output, EVENTS)
     seconds = [int(found[1]) for name in storage.list_names(folder) if (found := re.search(r"tfevents\.(\d+)", name))]
@@ -157,19 +155,16 @@ def _tensorboard(output: str, run: dict[str, Any], first_step: int) -> Tracker:
     if local:
         storage.write_bytes(uri, b"")
     file = open(storage.resolve(uri)[1], "ab") if local else io.BytesIO()  # noqa: SIM115 (the tracker closes it)
-    records = RecordWriter(file)
+    write = _event_writer(file)
     uploaded, attempt = -UPLOAD_SECONDS, None
-
-    def write(**fields: Any) -> None:
-        records.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
     def log(step: int, values: dict[str, float]) -> None:
         nonlocal uploaded, attempt
         before, attempt = attempt, values.get("train/attempt", attempt)
         if before is not None and attempt > before:  # the run went back to a checkpoint: what followed it is hidden
             write(step=step, session_log=SessionLog(status=SessionLog.START))
-        write(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]))
-        records.flush()
+        write(step=step, summary=_scalars(values))
+        file.flush()
         if not local and time.monotonic() - uploaded >= UPLOAD_SECONDS:
             uploaded = time.monotonic()
             storage.write_bytes(uri, file.getvalue())
@@ -179,14 +174,34 @@ def _tensorboard(output: str, run: dict[str, Any], first_step: int) -> Tracker:
             storage.write_bytes(uri, file.getvalue())
         file.close()
 
-    write(file_version="brain.Event:2")
     # What earlier files hold from this step on is hidden.
     write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
     if not seconds:
         lines = json.dumps(run["config"], indent=1).splitlines()
         write(step=0, summary=texts.text_pb("config", "\n".join(f"    {line}" for line in lines)))  # (code, in Markdown)
-    records.flush()
+    file.flush()
     return Tracker(log, close)
+
+
+def _event_writer(file: IO[bytes]) -> Callable[..., None]:
+    """Writes an event of the given fields to a new event file."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    records = RecordWriter(file)
+
+    def write(**fields: Any) -> None:
+        records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    write(file_version="brain.Event:2")
+    return write
+
+
+def _scalars(values: dict[str, float]) -> Any:
+    """Numbers by tag, as an event holds them."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
 
 
 def write_trial(folder: str, name: str, point: dict[str, Any], rows: list[dict], metrics: dict[str, float]) -> None:
@@ -198,25 +213,15 @@ def write_trial(folder: str, name: str, point: dict[str, Any], rows: list[dict],
         point: settings by path.
         metrics: shown at the last row's step.
     """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import summary_v2 as hparams
-    from tensorboard.summary.writer.record_writer import RecordWriter
 
     file = io.BytesIO()
-    records = RecordWriter(file)
-
-    def write(step: int, values: dict[str, float]) -> None:
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
-
-    records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+    write = _event_writer(file)
     plain = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in point.items()}
-    records.write(Event(wall_time=time.time(), summary=hparams.hparams_pb(plain)).SerializeToString())
+    write(summary=hparams.hparams_pb(plain))
     for row in rows:
-        write(row["step"], tagged(row))
-    write(rows[-1]["step"], {_tag(key): value for key, value in metrics.items()})
-    records.flush()
+        write(step=row["step"], summary=_scalars(tagged(row)))
+    write(step=rows[-1]["step"], summary=_scalars({_tag(key): value for key, value in metrics.items()}))
     storage.write_bytes(storage.join(folder, f"events.out.tfevents.0000000000.{name}"), file.getvalue())
 
 
