@@ -623,7 +623,8 @@ class TuneConfig:
     train: TrainConfig = TrainConfig()
     """The settings that a trial changes. Every checkpoint kept for good (keep_every_steps) is judged, the last one ranks."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    """How a trial is judged; keys of a space that begin with `evaluate.` change it."""
+    """How a trial is judged, by one process with what a worker of its training has; keys of a space that begin with
+    `evaluate.sampling.` change it."""
     search: Literal["grid", "random", "optuna"] | None = operational(None)
     """Which points of the space are tried: all combinations, independent draws, or what Optuna's TPE suggests (grid)."""
     scheduler: Literal["none", "asha", "median"] | None = operational(None)

@@ -129,7 +129,7 @@ def imagenet256(kind: str, size: str, patch_size: int, fast: bool = False) -> Qu
     return QuickstartConfig(
         output=root, train=training, evaluate=evaluation,
         precompute=PrecomputeConfig(output="runs/imagenet256/latents", flip=True, workers=workers),
-        tune=TuneConfig(output=f"{root}/tune", train=training, evaluate=evaluation))
+        tune=TuneConfig(output=f"{root}/tune", train=training, evaluate=fewer(evaluation)))
 
 
 SCALE = 4
@@ -168,8 +168,12 @@ def plan_of(preset: QuickstartConfig) -> PlanConfig:
 
 def sweep_of(preset: QuickstartConfig) -> SweepConfig:
     """The settings of `evaluate sweep` for a preset: its evaluation with few images."""
-    few = dataclasses.replace(preset.evaluate, num_samples=min(preset.evaluate.num_samples, 5000), keep_images=64)
-    return SweepConfig(output=f"{preset.output}/sweep", evaluate=few)
+    return SweepConfig(output=f"{preset.output}/sweep", evaluate=fewer(preset.evaluate))
+
+
+def fewer(evaluation: EvaluateConfig) -> EvaluateConfig:
+    """As many images as tell settings apart, where there are many to try."""
+    return dataclasses.replace(evaluation, num_samples=min(evaluation.num_samples, 5000), keep_images=64)
 
 
 def _name(kind: str, size: str, patch_size: int, fast: bool) -> str:

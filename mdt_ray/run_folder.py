@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mdt_ray
 from mdt_ray import config_io, storage
@@ -20,6 +20,13 @@ from mdt_ray import config_io, storage
 LOCK = "lock.json"
 LEASE_SECONDS = 30.0
 """A lock of another host counts as abandoned after this time without renewal."""
+
+
+class Claim(NamedTuple):
+    """What the only writer of a folder, and of all below it, shows for it."""
+
+    folder: str
+    token: str
 
 
 def versions() -> dict[str, str]:
@@ -58,15 +65,17 @@ def check_identity(output: str, run: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def claim(output: str, run: dict[str, Any]) -> Iterator[str]:
-    """Hold `output` as its only writer, with `run` written to its run.json; yields a token for `holds`.
+def claim(output: str, run: dict[str, Any], above: Claim | None = None) -> Iterator[Claim]:
+    """Hold `output` as its only writer, with `run` written to its run.json; yields what `holds` takes.
 
+    above: a claim that covers `output` already, and is yielded then. (A trial that outlives a killed sweep must not stop the
+    next sweep's.)
     Raises ValueError if the folder holds another identity or if another living process writes to it.
     """
     check_identity(output, run)
-    with _lock(output) as token:
+    with contextlib.nullcontext(above) if above else _lock(output) as held:
         record(output, run)
-        yield token
+        yield held
 
 
 def record(output: str, run: dict[str, Any]) -> None:
@@ -75,40 +84,41 @@ def record(output: str, run: dict[str, Any]) -> None:
     storage.write_json(storage.join(output, "run.json"), run)
 
 
-def holds(output: str, token: str) -> bool:
-    """Whether the claim that gave `token` still stands. A worker that outlives its killed driver asks before it writes,
-    and finds that another run has taken over."""
+def holds(claim: Claim) -> bool:
+    """Whether a claim still stands. A worker that outlives its killed driver asks before it writes, and finds that another
+    run has taken over."""
     try:
-        return storage.read_json(storage.join(output, LOCK))["token"] == token
+        return storage.read_json(storage.join(claim.folder, LOCK))["token"] == claim.token
     except FileNotFoundError:
         return False
 
 
 @contextlib.contextmanager
-def _lock(output: str) -> Iterator[str]:
+def _lock(output: str) -> Iterator[Claim]:
     """The lock file names host, pid and process start; a thread renews it while the owner lives."""
     uri = storage.join(output, LOCK)
     _refuse_living_owner(uri, output)
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()),
              "token": uuid.uuid4().hex}
+    held = Claim(output, owner["token"])
     storage.write_json(uri, owner | {"renewed": time.time()})
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(LEASE_SECONDS / 3):
             with contextlib.suppress(OSError):  # a store that does not answer for once is no reason to lose the folder
-                if not holds(output, owner["token"]):
+                if not holds(held):
                     return
                 storage.write_json(uri, owner | {"renewed": time.time()})
 
     thread = threading.Thread(target=renew, daemon=True, name="lock-renewal")
     thread.start()
     try:
-        yield owner["token"]
+        yield held
     finally:
         done.set()
         thread.join()
-        if holds(output, owner["token"]):
+        if holds(held):
             storage.remove(uri)
 
 

@@ -147,12 +147,12 @@ def test_one_writer_per_folder(tmp_path):
 
 def test_a_claim_that_was_taken_over_no_longer_holds(tmp_path):
     run, output = run_folder.describe("train", TrainConfig(), {}), str(tmp_path)
-    with run_folder.claim(output, run) as token:
-        assert run_folder.holds(output, token)
+    with run_folder.claim(output, run) as claim:
+        assert run_folder.holds(claim)
         lock = storage.read_json(storage.join(output, "lock.json"))
         storage.write_json(storage.join(output, "lock.json"), lock | {"token": "another"})
-        assert not run_folder.holds(output, token)
-    assert not run_folder.holds(output, token)
+        assert not run_folder.holds(claim)
+    assert not run_folder.holds(claim)
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):

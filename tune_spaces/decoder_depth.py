@@ -1,6 +1,7 @@
 """Blocks after the side-interpolator, which form the decoder (paper Table 4, "decoder position").
 
-    mdt-ray tune imagenet256-s-2 --space decoder_depth
+    mdt-ray tune imagenet256-s-2 --space decoder_depth --train.num-steps 600000 \
+        --evaluate.reference VIRTUAL_imagenet256_labeled.npz
 """
 
 metric = "fid"

@@ -1,6 +1,7 @@
 """Passes of a training step: over all tokens, over the kept ones, or both (paper Table 5d, "under aligned cost").
 
-    mdt-ray tune imagenet256-s-2 --space latent_type
+    mdt-ray tune imagenet256-s-2 --space latent_type --train.num-steps 600000 \
+        --evaluate.reference VIRTUAL_imagenet256_labeled.npz
 
 One pass alone is given more steps, as many as cost the same.
 """

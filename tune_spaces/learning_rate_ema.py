@@ -1,6 +1,7 @@
 """Learning rate x decay of the averaged weights, around the paper's 3e-4 and 0.9999.
 
-    mdt-ray tune imagenet256-s-2 --space learning_rate_ema
+    mdt-ray tune imagenet256-s-2 --space learning_rate_ema --train.num-steps 400000 \
+        --evaluate.reference VIRTUAL_imagenet256_labeled.npz
 """
 
 metric = "fid"

@@ -1,6 +1,7 @@
 """The masked shortcut: whether kept tokens pass the side-interpolator unchanged (paper Table 5c).
 
-    mdt-ray tune imagenet256-s-2 --space masked_shortcut
+    mdt-ray tune imagenet256-s-2 --space masked_shortcut --train.num-steps 600000 \
+        --evaluate.reference VIRTUAL_imagenet256_labeled.npz
 """
 
 metric = "fid"

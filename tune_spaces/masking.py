@@ -1,6 +1,7 @@
 """Asymmetric or symmetric masking: whether the encoder sees the kept tokens only (paper Table 5a).
 
-    mdt-ray tune imagenet256-s-2 --space masking
+    mdt-ray tune imagenet256-s-2 --space masking --train.num-steps 600000 \
+        --evaluate.reference VIRTUAL_imagenet256_labeled.npz
 """
 
 metric = "fid"

@@ -1,6 +1,7 @@
 """MDT against DiT of the same size (paper Table 2, Fig. 1).
 
-    mdt-ray tune imagenet256-s-2 --space mdt_against_dit --num-seeds 3
+    mdt-ray tune imagenet256-s-2 --space mdt_against_dit --train.num-steps 400000 \
+        --evaluate.reference VIRTUAL_imagenet256_labeled.npz --num-seeds 3
 
 At equal steps; with --equal flops at equal cost. With --train.keep-every-steps every so many steps are judged too: how fast
 each of them gets there.

@@ -1,6 +1,7 @@
 """Guidance x sampling steps of one training, which all trials share.
 
-    mdt-ray tune imagenet256-s-2 --space sampling
+    mdt-ray tune imagenet256-s-2 --space sampling --train.num-steps 400000 \
+        --evaluate.reference VIRTUAL_imagenet256_labeled.npz
 
 Of a checkpoint that is there, `mdt-ray evaluate sweep` tries more of them in one job.
 """

@@ -1,6 +1,7 @@
 """With and without the side-interpolator (paper Table 5b).
 
-    mdt-ray tune imagenet256-s-2 --space side_interpolator
+    mdt-ray tune imagenet256-s-2 --space side_interpolator --train.num-steps 600000 \
+        --evaluate.reference VIRTUAL_imagenet256_labeled.npz
 """
 
 metric = "fid"

@@ -20,6 +20,8 @@ CLASSIFIERS = ("digits", "fashion")
 METRICS = {"inception": {"fid", "sfid", "is", "precision", "recall", "kid"}, "dinov2": {"fid", "precision", "recall", "kid"},
            **{name: {"fid", "sfid", "is", "precision", "recall", "kid", "label_accuracy"} for name in CLASSIFIERS}}
 """What `compare` finds where the reference has its pictures, by extractor."""
+OF_PICTURES = {"precision", "recall", "kid"}
+"""Those of them for which statistics of the reference do not suffice."""
 MAX_REFERENCES = 10_000
 """Real images that precision, recall and KID compare with, as many as the official reference batches hold."""
 SPLIT = 5000

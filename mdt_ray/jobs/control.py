@@ -65,7 +65,7 @@ class Asked(Wish):
     """In a worker: whether the driver asked to stop, looked up by a thread, so that calling it costs nothing."""
 
     def __init__(self, control: Any):
-        self._control = control
+        self.control = control
         self._closed = threading.Event()
         threading.Thread(target=self._poll, daemon=True, name="stop-poll").start()
 
@@ -79,7 +79,7 @@ class Asked(Wish):
     def _poll(self) -> None:
         while not (self() or self._closed.wait(POLL_SECONDS)):
             try:
-                if ray.get(self._control.asked.remote(), timeout=ANSWER_SECONDS):
+                if ray.get(self.control.asked.remote(), timeout=ANSWER_SECONDS):
                     self.signum = signal.SIGTERM
             except RayError:
                 continue  # a lost actor is made anew; a lost driver ends this process
@@ -91,7 +91,8 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
     `meanwhile`, and ask them to stop where there is a reason, which `meanwhile` too may return. Returns the reason, or None
     where they ended by themselves.
 
-    Raises what `fit` raises. Whatever goes wrong here costs a warning: the workers are never left alone.
+    Raises what `fit` raises. Whatever goes wrong here costs a warning: the workers are never left alone. An exit in
+    `on_row`, by which Tune ends a trial early, asks them to stop and waits until they have.
     """
     failure: list[BaseException] = []
 
@@ -117,6 +118,11 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
                                    "wait")
         except Exception as error:
             logger.warning("while watching the workers: %s: %s", type(error).__name__, error)
+        except SystemExit:
+            while thread.is_alive():
+                control.ask_to_stop.remote()
+                thread.join(POLL_SECONDS)
+            raise
         if reason is not None:
             control.ask_to_stop.remote()  # again and again, for an actor that was lost and made anew
     _hand_over(control, on_row)

@@ -43,7 +43,7 @@ def piece_size(config: PrecomputeConfig) -> int:
 class Encoder:
     """Turns chunks of the plan into files: the same chunk gives the same bytes. Called from two threads at a time."""
 
-    def __init__(self, plain: dict[str, Any], folder: str, kind: str, run_name: str, claim: str, mailbox: Any):
+    def __init__(self, plain: dict[str, Any], folder: str, kind: str, run_name: str, claim: run_folder.Claim, mailbox: Any):
         self.config = config_io.from_dict(PrecomputeConfig, plain)
         self.folder, self.kind, self.run_name, self.claim, self.mailbox = folder, kind, run_name, claim, mailbox
         self.device = session.settle(self.config.workers)
@@ -139,7 +139,7 @@ class Encoder:
             row = int(np.flatnonzero(~np.isfinite(moments).reshape(len(moments), -1).all(1))[0])
             raise ValueError(f"image {ids[row]!r}: its latent is not finite in {config.precision}; use --precision fp32, or "
                              "another VAE")
-        if not run_folder.holds(config.output, self.claim):
+        if not run_folder.holds(self.claim):
             raise RuntimeError(f"{config.output}: another run has taken over; this one stops")
         vae = {"path": config.vae.path, "revision": config.vae.revision, "scale": self.vae.scale, "shift": self.vae.shift,
                "weights_hash": self.vae.weights_hash}

@@ -67,15 +67,11 @@ def plan(config: EvaluateConfig, reference_root: str | None = None, known: dict[
     `known` keeps for the next call what takes long: lists of pictures, and hashes of weights.
     """
     known = {} if known is None else known
-    config = dataclasses.replace(config, output=storage.absolute(config.output), samples=place(config.samples),
-                                 reference=_statistics_in(place(config.reference)),
-                                 extractor_weights=absolute_weights(config.extractor_weights),
-                                 latents=config.latents and storage.absolute(config.latents))
+    config = absolute(config)
     require(bool(config.checkpoint or config.samples), "checkpoint", "", "not given; name one, or pictures by --samples")
     require(bool(config.reference), "reference", "", "not given; name real images, or statistics of them (.npz)")
     if config.latents:
         _once(known, latents.open_manifest, config.latents)  # the search comes last, and should not fail then
-    weights_hash = _once(known, extractors.weights_hash, config.extractor, config.extractor_weights)
     facts, samples = {}, None
     if config.checkpoint:
         checkpoint, sampling, inputs = resolve(config.checkpoint, config.sampling)
@@ -85,13 +81,31 @@ def plan(config: EvaluateConfig, reference_root: str | None = None, known: dict[
     else:
         samples = _given_samples(config, _once(known, picture_sets.open_pictures, config.samples))
         image_size, inputs = samples.image_size, {"samples": samples.pictures.fingerprint}
-    chunks.check_extractor(config.extractor, image_size)
-    root = storage.absolute(reference_root or config.output)
-    measured, statistics = _reference(config, image_size, weights_hash, root, known)
-    hashes = [measured and measured.fingerprint(weights_hash), statistics and statistics.fingerprint]
-    inputs |= {"reference": config_io.fingerprint(hashes), "extractor": weights_hash, "format": chunks.FORMAT}
+    measured, statistics, hashes = open_reference(config, image_size, reference_root or config.output, known)
+    inputs |= hashes | {"format": chunks.FORMAT}
     return Plan(config=config, run=run_folder.describe("evaluate", config, inputs), facts=facts, inputs=inputs,
                 samples=samples, reference=measured, statistics=statistics)
+
+
+def absolute(config: EvaluateConfig) -> EvaluateConfig:
+    """The config with absolute paths (workers change directory)."""
+    sampling, guide = config.sampling, config.sampling.guide
+    return dataclasses.replace(config, output=storage.absolute(config.output), samples=place(config.samples),
+                               reference=_statistics_in(place(config.reference)),
+                               extractor_weights=absolute_weights(config.extractor_weights),
+                               latents=config.latents and storage.absolute(config.latents),
+                               sampling=dataclasses.replace(sampling, guide=guide and storage.absolute(guide)))
+
+
+def open_reference(config: EvaluateConfig, image_size: int, root: str,
+                   known: dict[Any, Any]) -> tuple[Measurement | None, Reference | None, dict[str, str]]:
+    """The reference's pictures to be measured (below `root`), its statistics where it brings them, and the hashes of it and
+    of the extractor. Raises ValueError for what is missing, or does not fit images of that side."""
+    chunks.check_extractor(config.extractor, image_size)
+    weights_hash = _once(known, extractors.weights_hash, config.extractor, config.extractor_weights)
+    measured, statistics = _reference(config, image_size, weights_hash, storage.absolute(root), known)
+    hashes = [measured and measured.fingerprint(weights_hash), statistics and statistics.fingerprint]
+    return measured, statistics, {"reference": config_io.fingerprint(hashes), "extractor": weights_hash}
 
 
 def _statistics_in(uri: str) -> str:

@@ -118,7 +118,7 @@ def cut(listing: Listing, kind: str, chunk_size: int) -> list[np.ndarray]:
     return np.array_split(order, math.ceil(count / chunk_size))
 
 
-def _encode_missing(config: PrecomputeConfig, source: Source, run: dict, claim: str, sizes: list[int],
+def _encode_missing(config: PrecomputeConfig, source: Source, run: dict, claim: run_folder.Claim, sizes: list[int],
                     names: list[str]) -> Manifest:
     started = time.perf_counter()
     entries = finished_entries(config.output, run["name"], len(sizes))

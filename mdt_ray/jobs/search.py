@@ -14,21 +14,22 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ray.tune
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from mdt_ray import run_folder, storage
-from mdt_ray.config import TuneConfig, WorkersConfig
+from mdt_ray import storage
+from mdt_ray.config import TuneConfig
 from mdt_ray.interrupts import Wish
 from mdt_ray.jobs import control, fanout, progress, session, trial
 from mdt_ray.jobs.budget import Budget
+from mdt_ray.run_folder import Claim
 from mdt_ray.tuning import lines
-from mdt_ray.tuning.space import Space
-from mdt_ray.tuning.trials import FAILED, STOPPED, Trial, by_training, invalid, results_in
+from mdt_ray.tuning.space import Point, Space
+from mdt_ray.tuning.trials import FAILED, STOPPED, Trial, by_training, invalid
 
 logger = logging.getLogger(__name__)
-DRIVER_CPUS = 0.1
-"""What Tune reserves for a trial whose workers reserve their own."""
+NEARLY_NOTHING = {"memory": 1}
+"""What Tune reserves for a trial whose workers reserve their own: it wants something, and a byte is no worker's."""
 MAX_LOSSES = 3
 """Times that a trial's process may be lost in one run; its checkpoints make a loss cheap."""
 ROUNDS = 2
@@ -47,8 +48,8 @@ class Sweep(NamedTuple):
     config: TuneConfig
     metric: str
     """That ranks the trials."""
-    token: str
-    """Of the claim on the output."""
+    claim: Claim
+    """On the output."""
     budget: Budget
     wish: Wish
     """Says when to stop."""
@@ -59,14 +60,15 @@ def run_listed(sweep: Sweep, trials: list[Trial]) -> str | None:
     for _ in range(ROUNDS):
         open_ = [t for t in trials if t.result() is None]
         groups = by_training(trials if sweep.config.scheduler != "none" else open_)
-        reason = _fit(sweep, total=len(trials), initial=len(trials) - len(open_), groups=groups) if open_ else None
+        reason = _fit(sweep, total=len(trials), known=trials, groups=groups) if open_ else None
         if reason or not open_:
             return reason
     return None
 
 
-def run_suggested(sweep: Sweep, space: Space, known: list[Trial]) -> str | None:
-    """Run what Optuna suggests after what is known, up to config.max_trials in all; returns as `run_listed`.
+def run_suggested(sweep: Sweep, space: Space, known: list[Trial], invalid_points: list[Point]) -> str | None:
+    """Run the known trials that have not ended, then what Optuna suggests after all of them, up to config.max_trials points;
+    returns as `run_listed`.
 
     Raises ValueError without Optuna.
     """
@@ -80,28 +82,30 @@ def run_suggested(sweep: Sweep, space: Space, known: list[Trial]) -> str | None:
         metrics, modes = [metric, config.cost], [space.mode, "min"]
     domains = {key: ray.tune.choice(value) if isinstance(value, list) else value for key, value in space.values.items()}
     # The same seed again would suggest the same points again.
-    seed = config.train.seed + len(results_in(config.output))
-    suggestions = Suggestions(domains, metrics, modes, [t.point for t in known], seed)
-    return _fit(sweep, total=config.max_trials, initial=0, suggestions=suggestions)
+    points = [t.point for t in known] + invalid_points
+    suggestions = Suggestions(domains, metrics, modes, points, config.train.seed + len(points))
+    return _fit(sweep, total=max(config.max_trials, len(points)), known=known, suggestions=suggestions)
 
 
-def _fit(sweep: Sweep, *, total: int, initial: int, groups: Sequence[list[Trial]] = (),
+def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[Trial]] = (),
          suggestions: Any = None) -> str | None:
     """Run Tune to its end, whatever becomes of single trials: over groups, or over what is suggested."""
     config, channel = sweep.config, control.open_control()
     workers, num_runs = config.train.workers, len(groups) or total
-    concurrent = min(config.max_concurrent_trials or _concurrent(workers), num_runs)
+    concurrent = min(config.max_concurrent_trials or max(session.room(workers) // workers.num_workers, 1), num_runs)
     takes = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
-    with progress.bar(total, "trial", "tune", initial=initial) as bar:
-        ledger = _Ledger(sweep, bar, groups)
+    ended = {t.name for t in known if t.result() is not None}
+    with progress.bar(total, "trial", "tune", initial=len(ended)) as bar:
+        ledger = _Ledger(sweep, bar, groups, ended)
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(
-                ray.tune.with_parameters(_run, config=config, groups=groups, token=sweep.token, channel=channel),
-                takes if workers.num_workers == 1 else {"CPU": DRIVER_CPUS}),
+                ray.tune.with_parameters(_run, config=config, groups=groups, claim=sweep.claim, channel=channel),
+                takes if workers.num_workers == 1 else NEARLY_NOTHING),
             param_space={"group": ray.tune.grid_search(list(range(len(groups))))} if groups else None,
             tune_config=ray.tune.TuneConfig(
                 search_alg=suggestions, num_samples=1 if groups else total, scheduler=_scheduler(config),
-                max_concurrent_trials=concurrent, reuse_actors=True,
+                # (Of a trial that is ended early a step or a checkpoint may still run, and Tune has no patience with that.)
+                max_concurrent_trials=concurrent, reuse_actors=config.scheduler == "none",
                 trial_dirname_creator=lambda found: found.trial_id),
             run_config=ray.tune.RunConfig(
                 name=uuid.uuid4().hex[:12], storage_path=storage.join(config.output, "ray"), verbose=0,
@@ -126,22 +130,14 @@ def _fit(sweep: Sweep, *, total: int, initial: int, groups: Sequence[list[Trial]
 
 
 def _give_up(trials: list[Trial], error: BaseException) -> None:
-    """After MAX_LOSSES: what was killed for its memory would be again, and has failed; others go on the next time."""
+    """After MAX_LOSSES: a trial has failed whose processes were killed for their memory, or raised what is not for want of a
+    process or a file. Others go on the next time."""
+    elsewhere = isinstance(error, OSError | RayError) and not isinstance(error, OutOfMemoryError)
     for t in trials:
-        if isinstance(error, OutOfMemoryError) and t.result() is None:
+        if t.result() is None and not elsewhere:
             t.end(FAILED, reason=f"{type(error).__name__}: {error}")
         else:
             logger.warning("trial %s did not end: %s", t.name, error)
-
-
-def _concurrent(workers: WorkersConfig) -> int:
-    """Trials that run at the same time, so that the processes that wait for workers take no worker its CPU."""
-    count = session.room(workers) // workers.num_workers
-    driver = DRIVER_CPUS if workers.num_workers > 1 else 0
-    cpus = ray.cluster_resources().get("CPU", 0)
-    while count > 1 and count * (workers.num_workers * workers.cpus_per_worker + driver) > cpus:
-        count -= 1
-    return max(count, 1)
 
 
 def _scheduler(config: TuneConfig) -> TrialScheduler:
@@ -149,7 +145,16 @@ def _scheduler(config: TuneConfig) -> TrialScheduler:
     if config.scheduler == "asha":
         # (stop_last_trials would end a trial when it is trained, and before it is judged.)
         return AsyncHyperBandScheduler(**shared, max_t=WHOLE, reduction_factor=REDUCTION, stop_last_trials=False)
-    return MedianStoppingRule(**shared) if config.scheduler == "median" else FIFOScheduler()
+    return _Median(**shared, min_time_slice=float("inf")) if config.scheduler == "median" else FIFOScheduler()
+
+
+class _Median(MedianStoppingRule):
+    """That of Tune, which would count on every trial to end with a loss. (With a `min_time_slice` it would never pause one.)
+    """
+
+    def on_trial_complete(self, tune_controller, trial, result):
+        if SIGNAL in result and PROGRESS in result:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
 def _trials_of(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]]) -> list[Trial]:
@@ -161,7 +166,7 @@ class _Ledger(ray.tune.Callback):
     """Writes down which trials were ended early, and shows on the terminal what runs and what ended. Tune pickles its
     callbacks, and a bar on a terminal cannot be: it stays behind."""
 
-    def __init__(self, sweep: Sweep, bar: Any, groups: Sequence[list[Trial]]):
+    def __init__(self, sweep: Sweep, bar: Any, groups: Sequence[list[Trial]], told: set[str]):
         self.bar, self.config, self.metric, self.groups = bar, sweep.config, sweep.metric, groups
         self.rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.running: set[str] = set()
@@ -172,8 +177,8 @@ class _Ledger(ray.tune.Callback):
         """How far the trials are that train now, by name."""
         self.keys: list[str] = []
         """The columns of the table, once it is begun."""
-        self.told = {t.name for group in groups for t in group if t.result() is not None}
-        """Trials that have their line, or had it in an earlier run."""
+        self.told = told
+        """Names of trials that have their line, or had it in an earlier run."""
 
     def on_row(self, row: dict[str, Any]) -> None:
         if row["trial"] in self.told:
@@ -183,6 +188,7 @@ class _Ledger(ray.tune.Callback):
 
     def on_trial_start(self, iteration, trials, trial, **info):
         self.running.add(trial.trial_id)
+        self.rows.pop(trial.trial_id, None)  # one that was lost tells them again
 
     def on_trial_error(self, iteration, trials, trial, **info):
         self.running.discard(trial.trial_id)
@@ -196,6 +202,7 @@ class _Ledger(ray.tune.Callback):
         try:
             ended = _trials_of(trial.config, self.config, self.groups)
         except ValueError:
+            self.bar.update()
             return
         for t in ended:
             self.steps.pop(t.name, None)
@@ -222,24 +229,25 @@ class _Ledger(ray.tune.Callback):
         return ray.tune.Callback, ()
 
 
-def _run(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], token: str, channel: Any) -> None:
+def _run(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], claim: Claim, channel: Any) -> None:
     """In a process of Ray Tune: the trials that a run of it stands for."""
     if ray.get(channel.asked.remote()):
         return ray.tune.report({"status": LEFT})
-    def may_write() -> bool:
-        return run_folder.holds(config.output, token)
-
     try:
         here = _trials_of(params, config, groups)
     except ValueError as error:
         invalid(config.output, dict(params), config.train.seed, str(error))
         return ray.tune.report({"status": FAILED})
+    if not groups:
+        here[0].begin()
     reference = storage.join(config.output, "reference")
     with contextlib.closing(control.Asked(channel)) as asked:
         for t in here:
-            # (Those after the first one find the training done, and its rows told.)
-            on_row = functools.partial(_report, t, channel) if t is here[0] else lambda row: None
-            result = trial.run(t, reference, may_write, on_row, asked)
+            # (Those after the first one find the training done, and its rows told. It is not ended early if some trial of it
+            # is left to judge.)
+            told = t is here[0] and (t.result() is None or all(one.result() is not None for one in here))
+            on_row = functools.partial(_report, t, channel) if told else lambda row: None
+            result = trial.run(t, reference, claim, on_row, asked)
             if result is None:
                 return ray.tune.report({"status": LEFT})
             _report_end(result)

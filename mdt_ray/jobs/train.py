@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
@@ -34,7 +35,7 @@ MAX_FAILURES = 10
 """Losses of workers without a new checkpoint in between, after which a run is given up."""
 PATIENCE_SECONDS = 15.0
 """How long a launch waits for room for all workers before it takes fewer, where it may."""
-FINAL = (ValueError, TrainingDiverged)
+FINAL = (ValueError, TrainingDiverged, torch.OutOfMemoryError)
 """Failures that would come back: the workers are not started again."""
 
 
@@ -71,11 +72,13 @@ def is_finished(config: TrainConfig) -> bool:
     return checkpoints.steps_done(config.output) >= config.num_steps
 
 
-def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None, wish: Wish | None = None) -> str:
+def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None, wish: Wish | None = None,
+          above: run_folder.Claim | None = None) -> str:
     """Train to config.num_steps; returns the URI of the newest checkpoint. Does nothing where that is done.
 
     on_row: gets every row of metrics that is news.
     wish: says when to stop, instead of this process's signals.
+    above: a claim of the caller's that covers the output.
     Raises ValueError as `prepare`, and if the output holds another run or has another writer; Stopped after a signal, with
     a checkpoint written; what a worker raised, once it failed too often.
     """
@@ -84,7 +87,7 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
     run_folder.check_identity(config.output, run)
     finished = is_finished(config)
     if not finished or samples.due(config.output, config.sample_every_steps):
-        with run_folder.claim(config.output, run) as token:
+        with run_folder.claim(config.output, run, above) as claim:
             listening = stop_signals if wish is None else functools.partial(contextlib.nullcontext, wish)
             _heed(config, session.start_heeding())
             with listening() as wish:
@@ -99,7 +102,7 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
                 on_the_way = previews.Previews(config, show)
                 try:
                     if not finished:
-                        _train_to_the_end(config, run, token, wish, show, on_the_way)
+                        _train_to_the_end(config, run, claim, wish, show, on_the_way)
                     on_the_way.finish(wish)
                 finally:
                     on_the_way.cancel()
@@ -133,8 +136,8 @@ def _shown(config: TrainConfig, first_step: int, track: Callable[[dict], None],
         yield show
 
 
-def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on_row: Callable[[dict], None],
-                      on_the_way: previews.Previews) -> None:
+def _train_to_the_end(config: TrainConfig, run: dict, claim: run_folder.Claim, wish: Wish,
+                      on_row: Callable[[dict], None], on_the_way: previews.Previews) -> None:
     """Launch workers until they finish. What ends them before costs a launch from the newest checkpoint."""
     failures, step = 0, checkpoints.newest_step(config.output)
     while True:
@@ -143,7 +146,7 @@ def _train_to_the_end(config: TrainConfig, run: dict, token: str, wish: Wish, on
         reason = None
         try:
             if wish.signum is None:
-                reason = _launch(config, run, token, num_workers, wish, on_row, on_the_way.poll)
+                reason = _launch(config, run, claim, num_workers, wish, on_row, on_the_way.poll)
                 if reason is None:
                     return
         except FINAL:
@@ -189,7 +192,7 @@ def _wait_for_room(config: TrainConfig, wish: Wish) -> int:
     return wanted
 
 
-def _launch(config: TrainConfig, run: dict, token: str, num_workers: int, wish: Wish,
+def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers: int, wish: Wish,
             on_row: Callable[[dict], None], meanwhile: Callable[[], None]) -> str | None:
     """Start workers and wait for them; returns why they were asked to stop, or None where they finished."""
     workers, channel = config.workers, control.open_control()
@@ -200,7 +203,7 @@ def _launch(config: TrainConfig, run: dict, token: str, num_workers: int, wish: 
         workers=dataclasses.replace(workers, num_workers=num_workers))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config_io.to_dict(launched), "run": run, "control": channel, "token": token},
+        train_loop_config={"config": config_io.to_dict(launched), "run": run, "control": channel, "claim": claim},
         # The watchdog, which says where a rank hangs, comes first; this is for what it cannot see.
         torch_config=TorchConfig(timeout_s=int(2 * config.hang_timeout_s) or 3600),
         scaling_config=ray.train.ScalingConfig(
@@ -242,5 +245,5 @@ def _worker(settings: dict[str, Any]) -> None:
     run_rank(config, latents.open_manifest(config.latents), settings["run"], rank=rank,
              world_size=ray.train.get_context().get_world_size(), device=get_device(),
              report=lambda row: channel.put.remote(row),
-             may_write=lambda: run_folder.holds(config.output, settings["token"]),
+             may_write=lambda: run_folder.holds(settings["claim"]),
              should_stop=control.Asked(channel) if rank == 0 else lambda: False)

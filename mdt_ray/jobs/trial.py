@@ -1,24 +1,29 @@
 """One trial of a sweep: what its point means, and its run in a process of Ray Tune, which trains from the newest checkpoint,
 judges, and writes down how it ended.
 
-Where a trial has one worker, that is this process; several are launched as `train` does, and this process waits for them.
+Where a trial has one worker, that is this process; several are launched as `train` does, and then one that judges with what
+one of them had, while this process, which has nothing, waits for them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
+import ray
 import torch
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import LossConfig, ModelConfig, TrainConfig, TuneConfig
 from mdt_ray.interrupts import Stopped, Wish
+from mdt_ray.jobs import control, fanout, session
 from mdt_ray.jobs import evaluate as evaluating
-from mdt_ray.jobs import session
 from mdt_ray.jobs import train as training
+from mdt_ray.run_folder import Claim
 from mdt_ray.training import cost as costs
 from mdt_ray.training.run import METRICS, TrainingDiverged, run_rank
 from mdt_ray.training.step import build_model
@@ -28,10 +33,10 @@ from mdt_ray.tuning.space import Point
 from mdt_ray.tuning.trials import FAILED, FINISHED, Trial
 
 logger = logging.getLogger(__name__)
-FAILURES = (ValueError, TrainingDiverged, torch.OutOfMemoryError)
+FAILURES = (ValueError, TrainingDiverged, torch.OutOfMemoryError, MemoryError)
 """What is the trial's own fault, and would come again."""
-NO_MEMORY = "can't allocate memory"
-"""What PyTorch says where a CPU's does not suffice."""
+NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What PyTorch says where a CPU's, or a GPU's library's, does not suffice."""
 EVALUATE = "evaluate."
 
 
@@ -52,7 +57,7 @@ def resolve_trial(config: TuneConfig, point: Point, seed: int) -> Trial:
     train, _, run = training.prepare(config_io.override(config.train, changes | {"seed": seed}))
     if config.equal == "flops":
         train, _, run = training.prepare(at_equal_cost(train, training.prepare(config.train)[0]))
-    evaluate = config_io.override(config.evaluate, judged, where="evaluate")
+    evaluate = evaluating.absolute(config_io.override(config.evaluate, judged, where="evaluate"))
     # To a trial, its number of steps and the checkpoints judged are no operational matter.
     trained = {"train": run["identity"], "num_steps": train.num_steps, "kept": train.keep_every_steps}
     name = config_io.fingerprint(trained | {"evaluate": config_io.identity_fields(evaluate)})[:12]
@@ -76,15 +81,15 @@ def _flops(model: ModelConfig, loss: LossConfig) -> int:
     return costs.count(TrainConfig(model=model, loss=loss), None, on_gpu=False).training_flops
 
 
-def run(trial: Trial, reference_root: str, may_write: Callable[[], bool], on_row: Callable[[dict[str, Any]], None],
-        wish: Wish) -> dict[str, Any] | None:
+def run(trial: Trial, reference_root: str, claim: Claim, on_row: Callable[[dict[str, Any]], None],
+        asked: control.Asked) -> dict[str, Any] | None:
     """Bring a trial to its end; returns its result. Where it has one, only its rows are told again.
 
     Args:
         reference_root: folder of the real images' features, which trials share.
-        may_write: whether the sweep that started this process still holds its folder.
+        claim: of the sweep that started this process.
         on_row: gets every row of metrics, those of an earlier run too.
-        wish: where it says to stop, what was done is kept for the next time, and None returned.
+        asked: where it says to stop, what was done is kept for the next time, and None returned.
     Raises what is not the trial's own fault, such as a lost worker: it goes on the next time.
     """
     known = trial.result()
@@ -94,13 +99,15 @@ def run(trial: Trial, reference_root: str, may_write: Callable[[], bool], on_row
         return known
     started = time.perf_counter()
     try:
-        rows = _train(trial.train, may_write, on_row, wish)
-        judged = [{"step": step, "metrics": metrics} | _cost(rows, step)
-                  for step, metrics in _judge(trial, reference_root, wish)]
+        rows = _train(trial.train, claim, on_row, asked)
+        metrics = _judge(trial, reference_root, asked) if trial.train.workers.num_workers == 1 else _judge_apart(
+            trial, reference_root, asked)
+        judged = [{"step": step, "metrics": found} | _cost(rows, step) for step, found in metrics]
     except Stopped:
         return None
-    except (*FAILURES, RuntimeError) as error:
-        if not isinstance(error, FAILURES) and NO_MEMORY not in str(error):
+    except Exception as error:
+        error = fanout.root_cause(error)
+        if not isinstance(error, FAILURES) and not any(words in str(error) for words in NO_MEMORY):
             raise
         logger.warning("trial %s failed: %s", trial.name, error)
         return trial.end(FAILED, reason=f"{type(error).__name__}: {error}", seconds=time.perf_counter() - started)
@@ -110,17 +117,15 @@ def run(trial: Trial, reference_root: str, may_write: Callable[[], bool], on_row
                      num_parameters=_num_parameters(trial.train), seconds=time.perf_counter() - started)
 
 
-def _train(config: TrainConfig, may_write: Callable[[], bool], on_row: Callable[[dict[str, Any]], None],
-           wish: Wish) -> list[dict[str, Any]]:
+def _train(config: TrainConfig, claim: Claim, on_row: Callable[[dict[str, Any]], None], wish: Wish) -> list[dict[str, Any]]:
     """Train to the end; returns the rows of metrics. Raises Stopped, with a checkpoint written."""
     newest = checkpoints.list_finished(config.output)[-1:]
     for row in checkpoints.read_metrics(storage.join(newest[0], METRICS)) if newest else []:
         on_row(row)
     if config.workers.num_workers > 1:
-        training.train(config, on_row, wish)
+        training.train(config, on_row, wish, claim)
         return checkpoints.read_metrics(storage.join(config.output, METRICS))
     config, manifest, described = training.prepare(config)
-    # The sweep's claim covers its trials: a trial that outlives a killed sweep must not stop the next sweep's.
     run_folder.record(config.output, described)
     device = session.settle(config.workers, config.deterministic)
     with open_trackers(config.track, config.output, described, checkpoints.newest_step(config.output)) as track:
@@ -128,7 +133,8 @@ def _train(config: TrainConfig, may_write: Callable[[], bool], on_row: Callable[
             track(row)
             on_row(row)
 
-        state = run_rank(config, manifest, described, device=device, report=told, may_write=may_write,
+        state = run_rank(config, manifest, described, device=device, report=told,
+                         may_write=lambda: run_folder.holds(claim),
                          should_stop=lambda: wish.signum is not None)
     if state.step < config.num_steps:
         raise Stopped(wish.signum, f"stopped at step {state.step}")
@@ -140,10 +146,30 @@ def _judge(trial: Trial, reference_root: str, wish: Wish) -> list[tuple[int, dic
     every, last = trial.train.keep_every_steps, trial.train.num_steps
     found = {checkpoints.step_of(uri): uri for uri in checkpoints.list_finished(trial.train.output)}
     steps = [step for step in found if step == last or (every and step and step % every == 0)]
-    configs = [dataclasses.replace(trial.evaluate, checkpoint=found[step],
-                                   output=trial.judged(step)) for step in steps]
+    configs = [dataclasses.replace(trial.evaluate, checkpoint=found[step], output=trial.judged(step),
+                                   workers=dataclasses.replace(trial.train.workers, num_workers=1)) for step in steps]
     judged = evaluating.evaluate_many(configs, reference_root, pool=False, wish=wish, known=_opened(reference_root))
     return [(step, metrics["metrics"]) for step, metrics in zip(steps, judged, strict=True)]
+
+
+def _judge_apart(trial: Trial, reference_root: str, asked: control.Asked) -> list[tuple[int, dict[str, float]]]:
+    """The same in a process with what one worker of the training had. Raises Stopped too."""
+    workers = trial.train.workers
+    task = _judged.options(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker)
+    found = ray.get(task.remote(trial, reference_root, asked.control))
+    if found is None:
+        raise Stopped(signal.SIGTERM, "stopped while its samples were drawn")
+    return found
+
+
+@ray.remote(max_retries=2)
+def _judged(trial: Trial, reference_root: str, channel: Any) -> list[tuple[int, dict[str, float]]] | None:
+    """None where it was asked to stop."""
+    with contextlib.closing(control.Asked(channel)) as asked:
+        try:
+            return _judge(trial, reference_root, asked)
+        except Stopped:
+            return None
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import io
 import shlex
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.csv as pacsv
@@ -18,10 +18,11 @@ from mdt_ray.config import TuneConfig, require
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
 from mdt_ray.evaluation import chunks, results
-from mdt_ray.interrupts import Stopped, Wish, stop_signals
+from mdt_ray.interrupts import Stopped, stop_signals
+from mdt_ray.jobs import evaluate as evaluating
 from mdt_ray.jobs import search, session
 from mdt_ray.jobs.budget import Budget
-from mdt_ray.jobs.trial import resolve, resolve_trial
+from mdt_ray.jobs.trial import EVALUATE, resolve, resolve_trial
 from mdt_ray.report import sweep
 from mdt_ray.tuning import compare, trials
 from mdt_ray.tuning.space import Space, load_space
@@ -41,72 +42,110 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     asked them to stop, or none finished, and Stopped after a signal, with checkpoints of the running trials written.
     """
     budget = Budget(config)
-    config = dataclasses.replace(config, output=storage.absolute(config.output))
     require(bool(config.evaluate.reference), "evaluate.reference", "", "not given; name real images, or statistics of them")
     space = load_space(config.space)
-    config = settled(config, space)
+    config = _absolute(settled(config, space))
     manifest = latents.open_manifest(config.train.latents)
-    run = run_folder.describe("tune", config, {"latents": manifest.content})
+    run = run_folder.describe("tune", config, {"latents": manifest.content} | _judged_alike(config, space, manifest))
     run_folder.check_identity(config.output, run)
     _check(config, space, manifest)
-    wanted = _listed(config, space) if config.search != "optuna" else _known(config)
-    for t in wanted:
+    wanted = _wanted(config, space)
+    for t in wanted.trials:
         if config.retry_failed and (t.result() or {}).get("status") == FAILED:
             storage.remove(t.folder)
-    missing = sum(t.result() is None for t in wanted)
-    if config.search == "optuna":
-        missing += max(config.max_trials - len(wanted), 0)
-    reason = budget.used_up() if missing else None
-    if missing and not reason:
-        with run_folder.claim(config.output, run) as token:
-            _heed(config, space, session.start_heeding(dashboard=True), wanted)
+    reason = budget.used_up() if wanted.num_left else None
+    if wanted.num_left and not reason:
+        wish = session.start_heeding(dashboard=True)
+        if wish.signum is None:
             session.require_room(config.train.workers)
-            with stop_signals() as wish:
-                shared = search.Sweep(config, objective(config, space), token, budget, wish)
+            with run_folder.claim(config.output, run) as claim, stop_signals() as wish:
+                shared = search.Sweep(config, objective(config, space), claim, budget, wish)
                 if config.search == "optuna":
-                    reason = search.run_suggested(shared, space, wanted)
-                    wanted = _known(config)
+                    reason = search.run_suggested(shared, space, wanted.trials, [r["point"] for r in wanted.invalid])
+                    wanted = _wanted(config, space)
                 else:
-                    reason = search.run_listed(shared, wanted)
-            _heed(config, space, wish, wanted)
+                    reason = search.run_listed(shared, wanted.trials)
+        if wish.signum is not None:
+            with contextlib.suppress(RuntimeError):  # nothing has finished
+                _written(config, space, wanted, "stopped")
+            raise Stopped(wish.signum, f"stopped; {wanted.num_wanted - wanted.num_left} of {wanted.num_wanted} trials have "
+                                       "ended, the others keep their checkpoints")
     return _written(config, space, wanted, reason)
 
 
-def _heed(config: TuneConfig, space: Space, wish: Wish, wanted: list[Trial]) -> None:
-    """Raise Stopped after a signal, with a table of what finished."""
-    if wish.signum is not None:
-        ended = sum(t.result() is not None for t in wanted)
-        with contextlib.suppress(RuntimeError):  # nothing has
-            _written(config, space, wanted, "stopped")
-        raise Stopped(wish.signum, f"stopped; {ended} of {len(wanted)} trials have ended, the others keep their checkpoints")
+class _Wanted(NamedTuple):
+    """The trials of a sweep, as far as they are known yet."""
+
+    trials: list[Trial]
+    invalid: list[dict[str, Any]]
+    """Results of suggested points that are no valid settings."""
+    num_wanted: int
+
+    @property
+    def num_left(self) -> int:
+        """Trials that have not ended, or are still to be suggested."""
+        return self.num_wanted - len(self.invalid) - sum(t.result() is not None for t in self.trials)
 
 
-def _listed(config: TuneConfig, space: Space) -> list[Trial]:
-    """The trials of a grid, or of draws."""
-    count = config.max_trials
-    return resolve(config, space.grid()[:count] if config.search == "grid" else space.drawn(count, config.train.seed))
-
-
-def _known(config: TuneConfig) -> list[Trial]:
-    """Trials in the folder that are of these settings."""
-    found = []
-    for result in trials.results_in(config.output):
+def _wanted(config: TuneConfig, space: Space) -> _Wanted:
+    """Of a grid or of draws all trials; else those that the folder holds of this search."""
+    if config.search != "optuna":
+        count = config.max_trials
+        points = space.grid()[:count] if config.search == "grid" else space.drawn(count, config.train.seed)
+        listed = resolve(config, points)
+        return _Wanted(listed, [], len(listed))
+    found, invalid = [], []
+    for held in trials.begun_in(config.output):
+        if held["seed"] != config.train.seed or held["point"].keys() != space.values.keys():
+            continue  # of another search
         try:
-            t = resolve_trial(config, result["point"], result["seed"])
+            t = resolve_trial(config, held["point"], held["seed"])
         except ValueError:
-            continue
-        found += [t] if t.name == result["name"] else []
-    return found
+            invalid += [held] if held["name"].startswith(trials.INVALID) else []
+        else:
+            found += [t] if t.name == held["name"] else []
+    return _Wanted(found, invalid, max(config.max_trials, len(found) + len(invalid)))
+
+
+def _absolute(config: TuneConfig) -> TuneConfig:
+    """With absolute paths: trials run in folders of their own."""
+    train = config.train
+    return dataclasses.replace(
+        config, output=storage.absolute(config.output), evaluate=evaluating.absolute(config.evaluate),
+        train=dataclasses.replace(train, latents=storage.absolute(train.latents),
+                                  init_from=train.init_from and storage.absolute(train.init_from)))
+
+
+def _judged_alike(config: TuneConfig, space: Space, manifest: Manifest) -> dict[str, Any]:
+    """What judges all trials of a folder, beyond the settings that name an evaluation.
+
+    Raises ValueError for a reference that cannot be read, does not fit the images, or lacks what the objective needs.
+    """
+    evaluate = config.evaluate
+    known = results.METRICS[evaluate.extractor]
+    require(space.metric in known, "metric", space.metric,
+            f"no trial reports it; evaluate.extractor = {evaluate.extractor!r} gives {', '.join(sorted(known))}")
+    measured, statistics, hashes = evaluating.open_reference(evaluate, manifest.image_size, config.output, {})
+    require(measured is not None or space.metric not in results.OF_PICTURES, "metric", space.metric,
+            f"needs the pictures of the reference, but {evaluate.reference} has statistics alone; name real images")
+    require(measured is not None or space.metric != "sfid" or statistics.mu_s is not None, "metric", space.metric,
+            f"needs mu_s and sigma_s, which {evaluate.reference} lacks; name real images")
+    return hashes | {"adm_float16": evaluate.adm_float16, "num_seed_ranges": evaluate.num_seed_ranges}
 
 
 def _check(config: TuneConfig, space: Space, manifest: Manifest) -> None:
     """Raise ValueError for what would only show after hours."""
-    known = results.METRICS[config.evaluate.extractor]
-    require(space.metric in known, "metric", space.metric,
-            f"no trial reports it; evaluate.extractor = {config.evaluate.extractor!r} gives {', '.join(sorted(known))}")
+    settings = config_io.to_dict(config.train)
+    known, telling = config_io.flatten(settings), config_io.flatten(config_io.identity_fields(config.train))
     for key in dict.fromkeys(key for point in ([space.values] if isinstance(space.values, dict) else space.values)
                              for key in point):
-        require("workers" not in key.split("."), "space", key, "all trials take the same workers; give --train.workers")
+        if key.startswith(EVALUATE):
+            require(key.startswith(EVALUATE + "sampling."), "space", key, "trials that are judged in different ways cannot "
+                    f"be ranked; only {EVALUATE}sampling may differ")
+        elif key in known:
+            require(key != "seed", "space", key, "all points have the same seeds; give --num-seeds")
+            require(key in telling or key == "num_steps", "space", key, "is the same for all trials, and changes no result; "
+                    f"give --train.{key.replace('_', '-')}")
     if config.search != "grid":
         require(config.max_trials is not None, "max_trials", None, f"search = {config.search!r} has no end without")
     if config.search == "optuna":
@@ -132,22 +171,24 @@ def objective(config: TuneConfig, space: Space) -> str:
     return results.metric_name(space.metric, config.evaluate.extractor, config.evaluate.num_samples)
 
 
-def _written(config: TuneConfig, space: Space, wanted: list[Trial], reason: str | None) -> dict[str, Any]:
+def _written(config: TuneConfig, space: Space, wanted: _Wanted, reason: str | None) -> dict[str, Any]:
     """results.json: points best first, and what became of each trial.
 
     reason: why trials were asked to stop, if they were.
+    Raises RuntimeError where none finished, and, with the table written, where some did not end though nobody asked.
     """
     metric = objective(config, space)
-    ended = [result for t in wanted if (result := t.result()) is not None]
+    # (A trial may have been run for another space, whose points say the same in another form.)
+    ended = [result | {"point": t.point, "seed": t.seed}
+             for t in wanted.trials if (result := t.result()) is not None]
     by_status = {status: [r for r in ended if r["status"] == status] for status in (FINISHED, STOPPED, FAILED)}
-    finished, failed = by_status[FINISHED], by_status[FAILED]
-    if config.search == "optuna":
-        failed += [r for r in trials.results_in(config.output) if r["name"].startswith(trials.INVALID)]
-    left = len(wanted) - len(ended)
-    if left and not reason:
-        raise RuntimeError(f"{left} of {len(wanted)} trials did not end; run the same command again to go on with them")
+    finished, failed, left = by_status[FINISHED], by_status[FAILED] + wanted.invalid, wanted.num_left
+    lost = f"{left} of {wanted.num_wanted} trials did not end; run the same command again to go on with them"
     if left and not finished:
-        raise RuntimeError(f"{reason} before any trial finished; the same command with more goes on with them")
+        raise RuntimeError(f"{reason} before any trial finished; the same command with more goes on with them" if reason
+                           else lost)
+    if not finished and not failed:
+        raise RuntimeError(f"all {len(by_status[STOPPED])} trials were ended early; give them more by --grace-share")
     if not finished:
         raise RuntimeError(f"all {len(failed)} trials failed, the first one: {failed[0]['reason']}; mend what is wrong, and "
                            "--retry-failed runs them again")
@@ -156,11 +197,14 @@ def _written(config: TuneConfig, space: Space, wanted: list[Trial], reason: str 
     table = {"metric": metric, "mode": space.mode, "space": space.described(), "paper": space.paper and space.paper.column,
              "points": [_plain(row, space) for row in rows],
              "trials": sorted(finished, key=lambda r: (order.index(r["point"]), r["seed"])),
-             "stopped": by_status[STOPPED], "failed": failed, "left": left, "left_because": reason if left else None}
+             "stopped": by_status[STOPPED], "failed": failed, "left": left,
+             "left_because": (reason or "they did not end") if left else None}
     uri = storage.join(config.output, RESULTS)
     if not storage.exists(uri) or storage.read_json(uri) != table:
-        _write_report(config, table, {t.name: t for t in wanted})
+        _write_report(config, table, {t.name: t for t in wanted.trials})
         storage.write_json(uri, table)
+    if left and not reason:
+        raise RuntimeError(lost)
     return table
 
 

@@ -88,11 +88,13 @@ def heat_map(x: Sequence[str], y: Sequence[str], values: np.ndarray, x_label: st
     return as_png(figure)
 
 
-def frontier(points: Sequence[Point], x_label: str, y_label: str, x_is_cost: bool = False) -> bytes:
+def frontier(points: Sequence[Point], x_label: str, y_label: str, x_is_cost: bool = False,
+             y_is_gain: bool = False) -> bytes:
     """A sweep's settings by two metrics, high x and low y being good: a marker for each group, a line through those that no
     other beats, which have their labels too, and a ring round the one of the lowest y.
 
     x_is_cost: the points' x are costs, made negative; they are shown as they were.
+    y_is_gain: the same of their y.
     Raises ValueError without points, and for one that is not finite.
     """
     if not points:
@@ -110,9 +112,10 @@ def frontier(points: Sequence[Point], x_label: str, y_label: str, x_is_cost: boo
     axes.set_ylabel(y_label)
     axes.set_axisbelow(True)
     axes.margins(x=0.12, y=0.12)
-    if x_is_cost:
-        axes.invert_xaxis()
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{0.0 - value:g}"))
+    for is_turned, axis in ((x_is_cost, axes.xaxis), (y_is_gain, axes.yaxis)):
+        if is_turned:
+            axis.set_inverted(True)
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{0.0 - value:g}"))
     if any(p.group for p in points):
         axes.legend(frameon=False, fontsize=9)
     _label(axes, [(points[i].x, points[i].y) for i in front],

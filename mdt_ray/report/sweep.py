@@ -176,11 +176,12 @@ def _curves(found: dict[str, Any]) -> str:
 
 
 def _cost(found: dict[str, Any], cost: str) -> str:
-    if len(found["points"]) < 2 or found["mode"] == "max":
+    if len(found["points"]) < 2:
         return ""
-    marks = [Mark(x=-float(np.mean([t[cost] for t in _trials_of(found, p)])), y=p["mean"], group="",
+    sign = -1 if found["mode"] == "max" else 1
+    marks = [Mark(x=-float(np.mean([t[cost] for t in _trials_of(found, p)])), y=sign * p["mean"], group="",
                   label=named(p["point"])) for p in found["points"]]
-    png = figures.frontier(marks, COSTS[cost], found["metric"], x_is_cost=True)
+    png = figures.frontier(marks, COSTS[cost], found["metric"], x_is_cost=True, y_is_gain=found["mode"] == "max")
     return section("Quality against cost", "The line joins the points that no other beats in both.",
                    img(png, f"{found['metric']} against {COSTS[cost]}"))
 

@@ -13,7 +13,7 @@ WIDTH = 10
 
 def brief(value: Any) -> str:
     """A setting's value as a person would write it."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def named(point: Point) -> str:

@@ -6,6 +6,7 @@ of values, all combinations of which are tried, or ranges of ray.tune (`logunifo
 list of dicts of values by path, each one trial.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import itertools
@@ -125,10 +126,18 @@ def load_space(name: str) -> Space:
         config_io.override(TuneConfig(), defaults)
     except ValueError as error:
         raise ValueError(f"{where}: defaults: {error}") from error
+    open_ = [f.name for f in dataclasses.fields(TuneConfig) if f.default is None]
+    for key in defaults:
+        if key not in open_:
+            raise ValueError(f"{where}: defaults: {key}: only the command line gives that; a space may give "
+                             f"{', '.join(open_)}")
     values = _checked(where, found["space"]())
-    paper = Paper(found["paper"]["column"], found["paper"]["rows"]) if "paper" in found else None
+    paper = found.get("paper")
+    if paper is not None and not (isinstance(paper, dict) and paper.keys() == {"column", "rows"}):
+        raise ValueError(f"{where}: paper = {paper!r}: must have `column`, what its numbers are, and `rows`, pairs of a "
+                         "point and its number")
     return Space(name=Path(name).stem, values=values, metric=found["metric"], mode=found.get("mode", "min"),
-                 defaults=defaults, paper=paper)
+                 defaults=defaults, paper=Paper(**paper) if paper else None)
 
 
 def _is_said(key: str, value: Any) -> bool:

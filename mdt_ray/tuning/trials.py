@@ -3,6 +3,7 @@
     trainings/<name>/               what `train` writes; trials that differ in how they are judged share one
     trials/<name>/judged-<step>/    samples' features and metrics.json of a checkpoint
     tensorboard/<point and seed>/   its settings, rows and metrics for TensorBoard
+    trials/<name>/begun.json        of a suggested point, which nothing else knows: written first
     trials/<name>/result.json       written last: how the trial ended
 
 This is the truth for every restart. What runs trials: jobs/tune.py.
@@ -18,7 +19,7 @@ from mdt_ray import config_io, storage
 from mdt_ray.config import EvaluateConfig, TrainConfig
 from mdt_ray.tuning.space import Point
 
-RESULT = "result.json"
+RESULT, BEGUN = "result.json", "begun.json"
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 """How a trial ends. One without a result is not ended: the next run goes on with it."""
 INVALID = "invalid-"
@@ -49,16 +50,24 @@ class Trial:
         """Folder of the evaluation of its checkpoint of that step."""
         return storage.join(self.folder, f"judged-{step}")
 
+    def begin(self) -> None:
+        """Write down what it is, before it starts."""
+        uri = storage.join(self.folder, BEGUN)
+        if not storage.exists(uri):
+            storage.write_json(uri, {"name": self.name, "point": self.point, "seed": self.seed})
+
     def end(self, status: str, **facts: Any) -> dict[str, Any]:
         """Write down how it ended; returns that."""
         return _write(self.folder, self.name, status, self.point, self.seed, facts)
 
 
-def results_in(output: str) -> list[dict[str, Any]]:
-    """What became of all trials that a folder knows, by name."""
-    root = storage.join(output, "trials")
-    uris = [storage.join(root, name, RESULT) for name in sorted(storage.list_names(root))]
-    return [storage.read_json(uri) for uri in uris if storage.exists(uri)]
+def begun_in(output: str) -> list[dict[str, Any]]:
+    """`name`, `point` and `seed` of all trials that a folder knows, by name, and of those that ended what became of them."""
+    root, found = storage.join(output, "trials"), []
+    for name in sorted(storage.list_names(root)):
+        uris = [storage.join(root, name, file) for file in (RESULT, BEGUN)]
+        found += [storage.read_json(uri) for uri in uris if storage.exists(uri)][:1]
+    return found
 
 
 def as_table(results: list[dict[str, Any]]) -> pa.Table:

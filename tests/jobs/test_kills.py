@@ -174,21 +174,30 @@ def test_evaluate_goes_on_after_a_kill(folder, straight_evaluate, environment, v
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["driver", "ImplicitFunc"])
 def test_tune_goes_on_after_a_kill(folder, checkpoint, environment, victim):
-    """A lost trial is started again by the sweep, a lost sweep by the same command."""
+    """A lost trial is started again by the sweep, a lost sweep by the same command, and training goes on from its newest
+    checkpoint: those that were there are not written again."""
     def command(name: str) -> list[str]:
         return ["tune", "digits", "--output", f"{folder}/{name}", "--train.latents", f"{folder}/digits",
-                "--train.num-steps", "30", "--evaluate.num-samples", "50", "--max-concurrent-trials", "1"]
+                "--train.num-steps", "60", "--train.checkpoint-every-steps", "15", "--train.keep-last", "9",
+                "--evaluate.num-samples", "50", "--max-concurrent-trials", "1"]
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in killed.glob("trainings/*/checkpoints/*/state.json")}
 
     harness.run_here(command("straight-tune"))
     name = f"killed-{victim}-tune"
     killed = folder / name
+    at_kill: dict[Path, int] = {}
     code = harness.run_and_kill(command(name), environment, victim=victim,
-                                when=lambda: len(list(killed.glob("trials/*/result.json"))) >= 1)
+                                when=lambda: len(list(killed.glob("trials/*/result.json"))) >= 1
+                                and at_kill.update(written()) is None and len(at_kill) >= 6)
+    assert len(at_kill) % 4, "in the middle of a training"
     assert code == (-9 if victim == "driver" else 0)
     finished = {p: p.stat().st_mtime_ns for p in killed.glob("trials/*/result.json")}
     assert len(finished) < 4 if victim == "driver" else len(finished) == 4
     harness.run(command(name), environment)
     assert {p: p.stat().st_mtime_ns for p in finished} == finished, "finished trials are not run again"
+    assert {p: time for p, time in written().items() if p in at_kill} == at_kill
     results = [json.loads((folder / name / "results.json").read_text())["trials"]
                for name in ("straight-tune", name)]
     for trials in results:

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mdt_ray import checkpoints, config_io, presets
 from mdt_ray.config import EvaluateConfig, TrainConfig, TuneConfig
+from mdt_ray.evaluation import reference
 from mdt_ray.jobs.trial import resolve
 from mdt_ray.jobs.tune import settled, tune
 from mdt_ray.tuning.space import load_space
@@ -111,8 +113,9 @@ def test_a_trial_of_several_workers_is_that_of_one(latents, tmp_path):
 @pytest.mark.ray
 @pytest.mark.parametrize("scheduler", ["asha", pytest.param("median", marks=pytest.mark.slow)])
 def test_trials_that_do_not_learn_end_early_and_stay_so(latents, tmp_path, scheduler):
-    """Learning rates from good to none, one trial after the other, so that each is compared with those before."""
-    rates = [4e-3, 2e-3, 1e-3, 1e-6, 1e-7, 1e-8]
+    """Learning rates from good to none, and one that fails, one trial after the other, so that each is compared with those
+    before."""
+    rates = [4e-3, 2e-3, 1e30, 1e-3, 1e-6, 1e-7, 1e-8]
     config = sweep(tmp_path, latents, f"{{'optim.lr': {rates}}}", scheduler=scheduler, max_concurrent_trials=1, **{
         "train.num_steps": 40, "train.checkpoint_every_steps": 40, "train.keep_every_steps": 0, "grace_share": 0.25,
         "train.optim.warmup_steps": 0, "train.ema.decay": 0.5})
@@ -123,13 +126,28 @@ def test_trials_that_do_not_learn_end_early_and_stay_so(latents, tmp_path, sched
     for result in table["stopped"]:
         assert 10 <= result["curve"][-1]["step"] < 40, "after its grace, before its end"
         assert result["reason"].startswith(f"{scheduler}: its val_loss was among the worse at step")
-    assert len(table["stopped"]) + len(table["trials"]) == len(rates)
+    assert [result["point"]["optim.lr"] for result in table["failed"]] == [1e30]
+    assert len(table["stopped"]) + len(table["trials"]) == len(rates) - 1
     held = results_of(tmp_path)
     (tmp_path / "out" / "trials" / table["trials"][0]["name"] / "result.json").unlink()
     again = tune(config)
     assert {name: r for name, r in results_of(tmp_path).items() if name in held and r["status"] == "stopped"} == {
         name: r for name, r in held.items() if r["status"] == "stopped"}
     assert [t["metrics"] for t in again["trials"]] == [t["metrics"] for t in table["trials"]]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_of_a_trial_that_ends_early_end_with_it(latents, tmp_path):
+    rates = [4e-3, 2e-3, 1e-7, 1e-8]
+    config = sweep(tmp_path, latents, f"{{'optim.lr': {rates}}}", scheduler="asha", max_concurrent_trials=1, **{
+        "train.num_steps": 60, "train.checkpoint_every_steps": 60, "train.keep_every_steps": 0, "grace_share": 0.25,
+        "train.optim.warmup_steps": 0, "train.ema.decay": 0.5, "train.workers.num_workers": 2})
+    table = tune(config)
+    assert {result["point"]["optim.lr"] for result in table["stopped"]} & {1e-7, 1e-8}
+    assert len(table["stopped"]) + len(table["trials"]) == 4
+    assert harness.ray_process("RayTrainWorker") is None
+    assert harness.open_placement_groups() == []
 
 
 @pytest.mark.ray
@@ -142,11 +160,19 @@ def test_optuna_goes_on_from_what_is_known(latents, tmp_path, cost):
                    **{"train.keep_every_steps": 0})
     (tmp_path / "own.py").write_text("import ray.tune\n" + (tmp_path / "own.py").read_text())
     first = tune(config)
-    assert len(first["trials"]) + len(first["failed"]) >= 4
+    assert len(first["trials"]) + len(first["failed"]) == 4
     assert all(r["point"]["model.decode_layer"] == 9 for r in first["failed"])
     held = results_of(tmp_path)
+    assert len(held) == 4, "invalid points count"
+    assert tune(config) == first
+    assert results_of(tmp_path) == held, "all is done"
+    lost = tmp_path / "out" / "trials" / first["trials"][0]["name"]
+    (lost / "result.json").unlink()
+    assert tune(config)["points"] == first["points"], "one that had begun is run again, and no other in its place"
+    assert results_of(tmp_path).keys() == held.keys()
+    held = results_of(tmp_path)
     more = tune(dataclasses.replace(config, max_trials=6))
-    assert len(more["trials"]) >= 5
+    assert len(more["trials"]) + len(more["failed"]) == 6
     assert {name: result for name, result in results_of(tmp_path).items() if name in held} == held
     assert {t["name"] for t in first["trials"]} < {t["name"] for t in more["trials"]}
 
@@ -206,7 +232,10 @@ def test_bad_spaces_are_refused_before_anything_starts(tmp_path):
     refused("{'loss.mask_ration': [0.3]}", r"unknown setting 'loss.mask_ration'; did you mean 'mask_ratio'")
     refused("{'evaluate.sampling.cfg_scales': [1.0]}", r"unknown setting 'evaluate.sampling.cfg_scales'; did you mean 'cfg_")
     refused("{'loss.mask_ratio': [0.3, 1.5]}", r"loss.mask_ratio = 1.5")
-    refused("{'workers.num_workers': [1, 2]}", "space = 'workers.num_workers': all trials take the same work")
+    for key in ("workers.num_workers", "compile", "latents"):
+        refused(f"{{'{key}': [1, 2]}}", f"space = '{key}': is the same for all trials, and changes no result; give --train.")
+    refused("{'seed': [0, 1]}", "space = 'seed': all points have the same seeds; give --num-seeds")
+    refused("{'evaluate.num_samples': [40, 50]}", "space = 'evaluate.num_samples': trials that are judged in different ways")
     refused("{'loss.mask_ratio': [0.3]}", "num_seeds = 0: must be at least 1", num_seeds=0)
     some = "{'loss.mask_ratio': [0.3, 0.6]}"
     refused(some, "max_trials = None: search = 'random' has no end without", search="random")
@@ -219,6 +248,17 @@ def test_bad_spaces_are_refused_before_anything_starts(tmp_path):
     (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace("'fid'", "'sfid'"))
     with pytest.raises(ValueError, match=r"metric = .sfid.: no trial reports it; .* .dinov2. gives fid, kid, precision"):
         tune(config)
+    refused(some, r"none.npz'?: no such file", **{"evaluate.reference": f"{tmp_path}/none.npz"})
+    np.savez(tmp_path / "small.npz", arr_0=np.zeros((10, 16, 16, 3), np.uint8))
+    refused(some, "has pictures of 16 pixels, but the samples have 32", **{"evaluate.reference": f"{tmp_path}/small.npz"})
+    for metric, lacks in {"recall": "needs the pictures of the reference, but", "sfid": "needs mu_s and sigma_s"}.items():
+        facts = dict.fromkeys(reference.FACTS) | {"extractor": "digits"}
+        bare = reference.Reference(np.zeros(64), np.eye(64), None, None, facts)
+        reference.write_reference(f"{tmp_path}/statistics.npz", bare)
+        config = sweep(tmp_path, str(tmp_path / "latents"), some, **{"evaluate.reference": f"{tmp_path}/statistics.npz"})
+        (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text().replace("'fid'", f"'{metric}'"))
+        with pytest.raises(ValueError, match=f"metric = '{metric}': {lacks}"):
+            tune(config)
     make_latents(tmp_path / "latents", validation_share=0)
     refused(some, "scheduler = 'asha': needs a validation loss, but the latents hold out no image; precompute",
             scheduler="asha")
@@ -252,10 +292,22 @@ def _space(folder, name: str, text: str) -> str:
 
 
 @pytest.mark.ray
-def test_a_sweep_leaves_its_report_and_settings_that_train_again(latents, tmp_path):
-    config = sweep(tmp_path, latents, "{'loss.mask_ratio': [0.3, 0.6], 'model.decode_layer': [1, 2]}", max_trials=3,
-                   **{"evaluate.keep_images": 20})
+def test_a_sweep_leaves_its_report_and_settings_that_train_again(latents, tmp_path, monkeypatch):
+    """Named from here, as a user would, latents and reference are found by trials, whose folders are others."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.savez("real.npz", arr_0=rng.integers(0, 255, (100, 32, 32, 3), np.uint8))
+    config = sweep(tmp_path, os.path.relpath(latents), "{'loss.mask_ratio': [0.3, 0.6], 'model.decode_layer': [1, 2]}",
+                   max_trials=3, **{"evaluate.keep_images": 20, "evaluate.reference": "real.npz", "output": "out"})
     table = tune(config)
+    np.savez("other.npz", arr_0=rng.integers(0, 255, (100, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"holds another run; .*\n.*inputs.reference"):
+        tune(config_io.override(config, {"evaluate.reference": "other.npz"}))
+    known = {(t["point"]["loss.mask_ratio"], t["point"]["model.decode_layer"]): t["metrics"] for t in table["trials"]}
+    part = tune(dataclasses.replace(config, space=_space(tmp_path, "part.py", "{'loss.mask_ratio': [0.3]}")))
+    assert [t["point"] for t in part["trials"]] == [{"loss.mask_ratio": 0.3}], "by its own keys"
+    assert part["trials"][0]["metrics"] == known[0.3, config.train.model.decode_layer]
+    assert tune(config) == table
     page = Page((tmp_path / "out" / "report" / "index.html").read_text())
     assert page.fetched == [], "nothing is loaded from outside"
     assert page.open == [], "every tag is closed"

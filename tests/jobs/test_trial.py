@@ -1,0 +1,58 @@
+"""What becomes of a trial that raises: its own fault is written down, what the machine or the cluster did is not."""
+
+import pytest
+import torch
+from ray.exceptions import NodeDiedError, OutOfMemoryError
+
+from mdt_ray import storage
+from mdt_ray.config import TuneConfig
+from mdt_ray.interrupts import Wish
+from mdt_ray.jobs import search, trial
+from mdt_ray.run_folder import Claim
+from tests.helpers import make_latents, tiny_training
+
+
+@pytest.fixture
+def one(tmp_path) -> trial.Trial:
+    make_latents(tmp_path / "latents")
+    train = tiny_training(tmp_path / "latents", tmp_path / "out")
+    return trial.resolve_trial(TuneConfig(output=str(tmp_path / "out"), train=train, equal="steps"),
+                               {"loss.mask_ratio": 0.3}, 0)
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), MemoryError("numpy"), torch.OutOfMemoryError("CUDA"),
+                                   RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")])
+def test_its_own_fault_is_written_down(one, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(trial, "_train", fail)
+    result = trial.run(one, "", Claim("", ""), lambda row: None, Wish())
+    assert result == one.result()
+    assert (result["status"], result["reason"]) == ("failed", f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), NodeDiedError("node"), RuntimeError("NCCL error")])
+def test_what_may_not_come_again_is_raised(one, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(trial, "_train", fail)
+    with pytest.raises(type(error)):
+        trial.run(one, "", Claim("", ""), lambda row: None, Wish())
+    assert one.result() is None
+
+
+@pytest.mark.parametrize(("error", "failed"), [
+    (KeyError("x"), True), (RuntimeError("NCCL error"), True), (OutOfMemoryError("killed"), True),
+    (OSError("disk"), False), (NodeDiedError("node"), False)])
+def test_after_some_times_it_has_failed_unless_its_processes_were_lost(one, error, failed):
+    search._give_up([one], error)
+    assert ((one.result() or {}).get("status") == "failed") == failed
+
+
+def test_a_suggested_point_is_written_down_before_it_starts(one):
+    one.begin()
+    begun = storage.read_json(f"{one.folder}/begun.json")
+    assert begun == {"name": one.name, "point": one.point, "seed": 0}
+    assert one.result() is None
