@@ -155,7 +155,8 @@ def _judge(trial: Trial, reference_root: str, wish: Wish) -> list[tuple[int, dic
 def _judge_apart(trial: Trial, reference_root: str, asked: control.Asked) -> list[tuple[int, dict[str, float]]]:
     """The same in a process with what one worker of the training had. Raises Stopped too."""
     workers = trial.train.workers
-    task = _judged.options(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker)
+    task = _judged.options(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker,
+                           scheduling_strategy="DEFAULT")  # not out of what Tune reserved for this process
     found = ray.get(task.remote(trial, reference_root, asked.control))
     if found is None:
         raise Stopped(signal.SIGTERM, "stopped while its samples were drawn")
