@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mdt_ray.report import sweep
+from mdt_ray.report import figures, sweep
 from mdt_ray.tuning import compare
 from tests.helpers import Page
 
@@ -90,6 +90,21 @@ def test_points_that_differ_in_other_keys_are_no_grid(tmp_path):
     assert len(shown.images) == 5
     assert page(tmp_path, results([trial({"optim.lr": 1e-3}, 0, 10.0)])).headings == [
         "Points, best first", "How soon", "Learning", "The best point in full"]
+
+
+def test_where_more_is_better_the_front_is_of_the_highest(tmp_path, monkeypatch):
+    """A model that trains for 20 s and gets 9 is beaten by one that trains for 10 s and gets 10."""
+    shown = []
+    monkeypatch.setattr(figures, "as_png", lambda figure: shown.append(figure) or b"")
+    costs = {1e-3: (100,), 2e-3: (200,), 3e-3: (300,)}
+    ends = zip(costs, (10.0, 9.0, 12.0), strict=True)
+    found = results([trial({"optim.lr": lr}, 0, value, costs[lr]) for lr, value in ends], mode="max")
+    sweep._cost(found, "train_seconds")
+    (axes,) = shown[0].axes
+    front = axes.lines[0]
+    assert sorted(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [(-30, -12), (-10, -10)]
+    assert [axes.yaxis.get_major_formatter()(y, 0) for y in (-12, -9)] == ["12", "9"]
+    assert axes.yaxis.get_inverted(), "the highest above"
 
 
 @pytest.mark.parametrize("status", ["stopped", "failed"])

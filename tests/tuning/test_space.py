@@ -1,8 +1,13 @@
 """Spaces: every one that comes with the package fits the configs and the paper's tables; bad ones are refused by name."""
 
+import importlib
+import re
+import shlex
+
 import pytest
 
 from mdt_ray import config_io, presets
+from mdt_ray.cli import parse
 from mdt_ray.tuning.space import known_spaces, load_space
 
 
@@ -21,6 +26,18 @@ def test_every_point_of_every_space_is_a_setting(name, preset):
                                            for key, value in point.items()}) for point in points]
     assert len({repr(config) for config in changed}) == len(points) >= 2
     assert space.mode in ("min", "max")
+
+
+@pytest.mark.parametrize("name", known_spaces())
+def test_the_command_of_a_space_says_all_that_it_needs(name):
+    """A reference, and for a published table its number of steps."""
+    text = importlib.import_module(f"tune_spaces.{name}").__doc__
+    _, job, *words = shlex.split(re.search(r"^    (mdt-ray tune .*)$", text, re.MULTILINE)[1])
+    config = parse(job, words).settings
+    assert config.space == name
+    assert config.evaluate.reference
+    steps = re.search(r"after (\d+)k steps", load_space(name).paper.column) if load_space(name).paper else None
+    assert steps is None or config.train.num_steps == 1000 * int(steps[1])
 
 
 @pytest.mark.parametrize("name", [name for name in known_spaces() if load_space(name).paper])
@@ -75,8 +92,11 @@ SPACE = "def space():\n    return {'loss.mask_ratio': [0.3]}\n"
     (SPACE + "metric = 3", "metric = 3 and mode = None, but must be a name"),
     (SPACE + "metric, mode = 'fid', 'least'", "mode = 'least', but must be a name, and 'min' or 'max'"),
     (SPACE + "metric, modus = 'fid', 'min'", "modus means nothing here; did you mean 'mode'"),
-    (SPACE + "metric, defaults = 'fid', {'max_concurent_trials': 2}",
-     "defaults: unknown setting .*did you mean 'max_concurrent_trials'"),
+    (SPACE + "metric, defaults = 'fid', {'max_trails': 2}", "defaults: unknown setting .*did you mean 'max_trials'"),
+    (SPACE + "metric, defaults = 'fid', {'grace_share': .5}",
+     "defaults: grace_share: only the command line gives that; a space may give search, scheduler, cost, equal, num_seeds"),
+    (SPACE + "metric, defaults = 'fid', {'train': {'num_steps': 5}}", "defaults: train: only the command line gives that"),
+    (SPACE + "metric, paper = 'fid', {'column': 'x'}", r"paper = {'column': 'x'}: must have `column`, .*and `rows`"),
     ("metric = 'fid'\ndef space():\n    return {'loss.mask_ratio': []}",
      r"loss.mask_ratio = \[\]: must be a list of at least one value"),
     ("metric = 'fid'\ndef space():\n    return {}", r"space\(\) gives {}, but must give lists"),
