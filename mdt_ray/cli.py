@@ -180,6 +180,8 @@ def _of_job(job: str, preset: QuickstartConfig) -> Any:
 
 def _preview(job: str, config: Any) -> str:
     settings = json.dumps(config_io.to_dict(config), indent=1)
+    if job == "tune":  # whose trials are not to be seen from the settings
+        settings += f"\n{importlib.import_module('mdt_ray.jobs.tune').preview(config)}"
     if "output" not in JOBS[job].needed:
         return f"{settings}\nmdt-ray {job} would write nothing"
     run = _held_run(config.output)
@@ -209,14 +211,7 @@ def _last_line(job: str, config: Any, result: Any) -> str:
     if job == "train":
         return f"checkpoint {result}"
     if job == "tune":
-        best = result["points"][0]
-        spread = "" if best["half_width"] is None else f" +- {best['half_width']:.2g} ({best['num_seeds']} seeds)"
-        rest = [f"{len(result['failed'])} trials failed"] if result["failed"] else []
-        rest += [f"{result['left']} trials are left: {result['left_because']}"] if result["left"] else []
-        return "\n".join([
-            f"best of {len(result['points'])} points: {best['point']}: {result['metric']} {best['mean']:.4g}{spread}", *rest,
-            f"in full: mdt-ray train --config {shlex.quote(_below(config.output, 'best.toml'))}",
-            f"report {_below(config.output, 'report/index.html')}"])
+        return importlib.import_module("mdt_ray.jobs.tune").summary(config.output, result)
     if job == "evaluate":
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
         found = [result["memorisation"] and _memorised(config.output, result["memorisation"]),

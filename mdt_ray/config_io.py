@@ -66,7 +66,8 @@ def override(config: T, values: dict[str, Any], *, where: str = "") -> T:
     for key, value in _nest(values).items():
         path = f"{where}.{key}" if where else key
         if key not in known:
-            raise ValueError(f"unknown setting {path!r}{suggestion(key, known)}")
+            paths = [f"{where}.{name}" if where else name for name in known]
+            raise ValueError(f"unknown setting {path!r}{suggestion(path, paths)}")
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):

@@ -105,8 +105,21 @@ def test_settings_win_over_file_over_preset(tmp_path, capsys):
 
 def test_entry_points_run_from_a_working_directory_that_is_not_installed(tmp_path):
     """As `ray job submit --working-dir` runs them."""
-    for name in ("precompute", "train", "evaluate", "tune", "all"):
+    for name in ("precompute", "train", "evaluate", "all"):
         done = subprocess.run([sys.executable, str(ROOT / "pipelines" / f"{name}.py"), "digits", "--dry-run"], cwd=tmp_path,
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "starts from nothing" in done.stdout
+
+
+def test_what_a_sweep_would_run_is_said_and_checked(tmp_path):
+    make_latents(tmp_path / "latents")
+    words = [sys.executable, str(ROOT / "pipelines" / "tune.py"), "digits", "--dry-run", "--num-seeds", "2"]
+    done = subprocess.run([*words, "--train.latents", "latents"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("mask_ratio_decoder_depth: 8 trials with 2 seeds each, of which 0 have ended; ranked by fid_digits_300; "
+            "search grid, scheduler none\n") in done.stdout
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "runs/digits/latents: no manifest.json, so no finished latents" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["latents"]

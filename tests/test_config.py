@@ -66,7 +66,7 @@ def test_dotted_and_nested_overrides_agree():
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"optim.lrr": 1.0}, r"unknown setting 'optim.lrr'; did you mean 'lr'"),
+    ({"optim.lrr": 1.0}, r"unknown setting 'optim.lrr'; did you mean 'optim.lr'"),
     ({"opti": {}}, r"unknown setting 'opti'; did you mean 'optim'"),
     ({"optim": 3}, r"optim = 3: must be a table"),
     ({"batch_size": "many"}, r"batch_size = 'many': must be int"),

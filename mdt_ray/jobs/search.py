@@ -23,6 +23,7 @@ from mdt_ray.interrupts import Wish
 from mdt_ray.jobs import control, fanout, progress, session, trial
 from mdt_ray.jobs.budget import Budget
 from mdt_ray.run_folder import Claim
+from mdt_ray.training.trackers import write_trial
 from mdt_ray.tuning import lines
 from mdt_ray.tuning.space import Point, Space
 from mdt_ray.tuning.trials import FAILED, STOPPED, Trial, by_training, invalid
@@ -213,6 +214,8 @@ class _Ledger(ray.tune.Callback):
                 continue
             if result is None:
                 rows = self.rows[trial.trial_id]
+                if rows:
+                    write_trial(t.board, t.name, t.point | {"seed": t.seed}, rows, {})
                 result = t.end(STOPPED, curve=rows, reason=f"{self.config.scheduler}: its {SIGNAL} was among the worse at "
                                                            f"step {rows[-1]['step']}" if rows else self.config.scheduler)
             self._tell(result)

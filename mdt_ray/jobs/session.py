@@ -46,8 +46,12 @@ def start(dashboard: bool = False) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
-        ray.init(address="local", num_cpus=(os.cpu_count() or 1) + WAITING_CPUS, include_dashboard=dashboard,
-                 object_store_memory=512 * 1024**2, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address="local", num_cpus=(os.cpu_count() or 1) + WAITING_CPUS, include_dashboard=dashboard,
+                     object_store_memory=512 * 1024**2, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray raises Exception itself
+            raise RuntimeError(f"Ray did not start: {str(error).strip()}; where the machine is busy, run the same command "
+                               "again later. Its logs are in session_latest/logs of its folder, /tmp/ray") from error
         atexit.register(ray.shutdown)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -25,6 +25,7 @@ from mdt_ray.jobs.budget import Budget
 from mdt_ray.jobs.trial import EVALUATE, resolve, resolve_trial
 from mdt_ray.report import sweep
 from mdt_ray.tuning import compare, trials
+from mdt_ray.tuning.lines import named
 from mdt_ray.tuning.space import Space, load_space
 from mdt_ray.tuning.trials import FAILED, FINISHED, STOPPED, Trial
 
@@ -35,6 +36,20 @@ FULL_SAMPLES = 50_000
 DEFAULTS = {"search": "grid", "scheduler": "none", "cost": "none", "equal": "steps", "num_seeds": 1}
 
 
+class _Wanted(NamedTuple):
+    """The trials of a sweep, as far as they are known yet."""
+
+    trials: list[Trial]
+    invalid: list[dict[str, Any]]
+    """Results of suggested points that are no valid settings."""
+    num_wanted: int
+
+    @property
+    def num_left(self) -> int:
+        """Trials that have not ended, or are still to be suggested."""
+        return self.num_wanted - len(self.invalid) - sum(t.result() is not None for t in self.trials)
+
+
 def tune(config: TuneConfig) -> dict[str, Any]:
     """Run the trials that have no result yet; returns the content of results.json.
 
@@ -42,14 +57,7 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     asked them to stop, or none finished, and Stopped after a signal, with checkpoints of the running trials written.
     """
     budget = Budget(config)
-    require(bool(config.evaluate.reference), "evaluate.reference", "", "not given; name real images, or statistics of them")
-    space = load_space(config.space)
-    config = _absolute(settled(config, space))
-    manifest = latents.open_manifest(config.train.latents)
-    run = run_folder.describe("tune", config, {"latents": manifest.content} | _judged_alike(config, space, manifest))
-    run_folder.check_identity(config.output, run)
-    _check(config, space, manifest)
-    wanted = _wanted(config, space)
+    config, space, run, wanted = _prepared(config)
     for t in wanted.trials:
         if config.retry_failed and (t.result() or {}).get("status") == FAILED:
             storage.remove(t.folder)
@@ -67,24 +75,53 @@ def tune(config: TuneConfig) -> dict[str, Any]:
                     reason = search.run_listed(shared, wanted.trials)
         if wish.signum is not None:
             with contextlib.suppress(RuntimeError):  # nothing has finished
-                _written(config, space, wanted, "stopped")
+                _written(config, space, run, wanted, "stopped")
             raise Stopped(wish.signum, f"stopped; {wanted.num_wanted - wanted.num_left} of {wanted.num_wanted} trials have "
                                        "ended, the others keep their checkpoints")
-    return _written(config, space, wanted, reason)
+    return _written(config, space, run, wanted, reason)
 
 
-class _Wanted(NamedTuple):
-    """The trials of a sweep, as far as they are known yet."""
+def preview(config: TuneConfig) -> str:
+    """What `tune` would run, in a line. Raises ValueError as `tune`, and starts and writes nothing."""
+    config, space, _, wanted = _prepared(config)
+    seeds = "" if config.num_seeds == 1 else f" with {config.num_seeds} seeds each"
+    return (f"{space.name}: {wanted.num_wanted} trials{seeds}, of which {wanted.num_wanted - wanted.num_left} have ended; "
+            f"ranked by {objective(config, space)}; search {config.search}, scheduler {config.scheduler}")
 
-    trials: list[Trial]
-    invalid: list[dict[str, Any]]
-    """Results of suggested points that are no valid settings."""
-    num_wanted: int
 
-    @property
-    def num_left(self) -> int:
-        """Trials that have not ended, or are still to be suggested."""
-        return self.num_wanted - len(self.invalid) - sum(t.result() is not None for t in self.trials)
+def summary(output: str, table: dict[str, Any]) -> str:
+    """What came of a sweep, and the commands that follow; `table` as `tune` returns it."""
+    best, others = table["points"][0], table["points"][1:]
+    spread = "" if best["half_width"] is None else f" +- {best['half_width']:.2g} ({best['num_seeds']} seeds)"
+    noise = [p for p in others if p["to_best"] is None or p["to_best"]["is_noise"] is not False]
+    counts = {"ended early": len(table["stopped"]), "failed": len(table["failed"])}
+    rest = [f"{n} trial{'s' * (n > 1)} {what}" for what, n in counts.items() if n]
+    rest += [f"{table['left']} trials are left: {table['left_because']}"] if table["left"] else []
+    rest += [f"{len(noise)} of {len(others)} others may differ from it by noise only"] if noise else []
+    return "\n".join([
+        f"best of {len(table['points'])} point{'s' * bool(others)}: {named(best['point'])}: {table['metric']} "
+        f"{best['mean']:.4g}{spread}", *rest, "train it again, and judge it by more samples:",
+        *(f"  {line}" for line in _follow_up(output)), f"report {storage.join(output, 'report/index.html')}"])
+
+
+def _follow_up(output: str) -> list[str]:
+    return [f"mdt-ray {job} --config {shlex.quote(storage.join(output, name))}"
+            for job, name in (("train", BEST), ("evaluate", BEST_EVALUATE))]
+
+
+def _prepared(config: TuneConfig) -> tuple[TuneConfig, Space, dict[str, Any], _Wanted]:
+    """The settings without open ones, the space, the content of run.json, and the trials; all that can be is checked."""
+    require(bool(config.evaluate.reference), "evaluate.reference", "", "not given; name real images, or statistics of them")
+    space = load_space(config.space)
+    config = _absolute(settled(config, space))
+    manifest = latents.open_manifest(config.train.latents)
+    run = run_folder.describe("tune", config, {"latents": manifest.content} | _judged_alike(config, space, manifest))
+    run_folder.check_identity(config.output, run)
+    _check(config, space, manifest)
+    try:
+        return config, space, run, _wanted(config, space)
+    except ValueError as error:
+        raise ValueError(f"space {space.name!r}: {error}") from error
 
 
 def _wanted(config: TuneConfig, space: Space) -> _Wanted:
@@ -123,8 +160,8 @@ def _judged_alike(config: TuneConfig, space: Space, manifest: Manifest) -> dict[
     """
     evaluate = config.evaluate
     known = results.METRICS[evaluate.extractor]
-    require(space.metric in known, "metric", space.metric,
-            f"no trial reports it; evaluate.extractor = {evaluate.extractor!r} gives {', '.join(sorted(known))}")
+    require(space.metric in known, "metric", space.metric, "no trial reports it; evaluate.extractor = "
+            f"{evaluate.extractor!r} gives {', '.join(sorted(known))} (named so, without extractor and number of samples)")
     measured, statistics, hashes = evaluating.open_reference(evaluate, manifest.image_size, config.output, {})
     require(measured is not None or space.metric not in results.OF_PICTURES, "metric", space.metric,
             f"needs the pictures of the reference, but {evaluate.reference} has statistics alone; name real images")
@@ -142,12 +179,15 @@ def _check(config: TuneConfig, space: Space, manifest: Manifest) -> None:
         if key.startswith(EVALUATE):
             require(key.startswith(EVALUATE + "sampling."), "space", key, "trials that are judged in different ways cannot "
                     f"be ranked; only {EVALUATE}sampling may differ")
+        elif key.startswith("train."):
+            require(False, "space", key, f"the settings of training have no prefix here; write {key[6:]!r}")
         elif key in known:
             require(key != "seed", "space", key, "all points have the same seeds; give --num-seeds")
             require(key in telling or key == "num_steps", "space", key, "is the same for all trials, and changes no result; "
                     f"give --train.{key.replace('_', '-')}")
     if config.search != "grid":
-        require(config.max_trials is not None, "max_trials", None, f"search = {config.search!r} has no end without")
+        require(config.max_trials is not None, "max_trials", None,
+                f"search = {config.search!r} has no end without; give --max-trials")
     if config.search == "optuna":
         space.drawn(1, 0)
         require(config.num_seeds == 1, "num_seeds", config.num_seeds, "must be 1 for search = 'optuna'; try its best points "
@@ -157,7 +197,8 @@ def _check(config: TuneConfig, space: Space, manifest: Manifest) -> None:
         require(manifest.num_train < manifest.num_rows, "scheduler", config.scheduler, "needs a validation loss, but the "
                 "latents hold out no image; precompute with --validation-share 0.01, or use --scheduler none")
         require(0 < steps < config.train.num_steps, "train.validate_every_steps", steps, f"must be in 1 .. "
-                f"train.num_steps - 1 for scheduler = {config.scheduler!r}, which goes by the validation loss")
+                f"train.num_steps - 1 for scheduler = {config.scheduler!r}, which goes by the validation loss; give "
+                f"--train.validate-every-steps {max(config.train.num_steps // 10, 1)}")
 
 
 def settled(config: TuneConfig, space: Space) -> TuneConfig:
@@ -171,7 +212,8 @@ def objective(config: TuneConfig, space: Space) -> str:
     return results.metric_name(space.metric, config.evaluate.extractor, config.evaluate.num_samples)
 
 
-def _written(config: TuneConfig, space: Space, wanted: _Wanted, reason: str | None) -> dict[str, Any]:
+def _written(config: TuneConfig, space: Space, run: dict[str, Any], wanted: _Wanted,
+             reason: str | None) -> dict[str, Any]:
     """results.json: points best first, and what became of each trial.
 
     reason: why trials were asked to stop, if they were.
@@ -185,8 +227,8 @@ def _written(config: TuneConfig, space: Space, wanted: _Wanted, reason: str | No
     finished, failed, left = by_status[FINISHED], by_status[FAILED] + wanted.invalid, wanted.num_left
     lost = f"{left} of {wanted.num_wanted} trials did not end; run the same command again to go on with them"
     if left and not finished:
-        raise RuntimeError(f"{reason} before any trial finished; the same command with more goes on with them" if reason
-                           else lost)
+        raise RuntimeError(f"{reason} before any trial finished; their checkpoints are kept, and the same command goes on, "
+                           "with more where all of it is used" if reason else lost)
     if not finished and not failed:
         raise RuntimeError(f"all {len(by_status[STOPPED])} trials were ended early; give them more by --grace-share")
     if not finished:
@@ -194,18 +236,28 @@ def _written(config: TuneConfig, space: Space, wanted: _Wanted, reason: str | No
                            "--retry-failed runs them again")
     rows = compare.ranked(finished, metric, space.mode)
     order = [row.point for row in rows]
-    table = {"metric": metric, "mode": space.mode, "space": space.described(), "paper": space.paper and space.paper.column,
+    table = {"about": _about(config, space), "metric": metric, "mode": space.mode, "space": space.described(),
+             "paper": space.paper and space.paper.column,
              "points": [_plain(row, space) for row in rows],
              "trials": sorted(finished, key=lambda r: (order.index(r["point"]), r["seed"])),
              "stopped": by_status[STOPPED], "failed": failed, "left": left,
              "left_because": (reason or "they did not end") if left else None}
     uri = storage.join(config.output, RESULTS)
     if not storage.exists(uri) or storage.read_json(uri) != table:
-        _write_report(config, table, {t.name: t for t in wanted.trials})
-        storage.write_json(uri, table)
+        with run_folder.claim(config.output, run):
+            _write_report(config, table, {t.name: t for t in wanted.trials})
+            storage.write_json(uri, table)
     if left and not reason:
         raise RuntimeError(lost)
     return table
+
+
+def _about(config: TuneConfig, space: Space) -> str:
+    """What the trials have in common, for people."""
+    train = config.train
+    return (f"Space {space.name}, search {config.search}, scheduler {config.scheduler}; {config.num_seeds} "
+            f"seed{'s' * (config.num_seeds > 1)}; {train.num_steps} steps of {train.batch_size} images"
+            f"{' for the base, others as much as that costs' * (config.equal == 'flops')}; latents {train.latents}")
 
 
 def _write_report(config: TuneConfig, table: dict[str, Any], by_name: dict[str, Trial]) -> None:
@@ -220,10 +272,8 @@ def _write_report(config: TuneConfig, table: dict[str, Any], by_name: dict[str, 
     judged = dataclasses.replace(best.evaluate, checkpoint=train.output, output=at("best/evaluate"),
                                  num_samples=FULL_SAMPLES)
     settings = config_io.to_toml(train)
-    commands = [f"mdt-ray {job} --config {shlex.quote(at(name))}"
-                for job, name in (("train", BEST), ("evaluate", BEST_EVALUATE))]
-    sweep.write(config.output, table, settings, commands, cost=config.cost if config.cost != "none" else "train_seconds",
-                pictures=lambda name: _drawn(by_name[name]))
+    sweep.write(config.output, table, settings, _follow_up(config.output),
+                cost=config.cost if config.cost != "none" else "train_seconds", pictures=lambda name: _drawn(by_name[name]))
     storage.write_bytes(at(BEST), settings.encode())
     storage.write_bytes(at(BEST_EVALUATE), config_io.to_toml(judged).encode())
     rows = trials.as_table([*table["trials"], *table["stopped"], *table["failed"]])

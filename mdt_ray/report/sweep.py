@@ -43,11 +43,13 @@ def _headline(output: str, found: dict[str, Any]) -> str:
     ended = {"finished": len(found["trials"]), "ended early": len(found["stopped"]), "failed": len(found["failed"]),
              "left": found["left"]}
     hours = sum(trial.get("seconds", 0) for trial in found["trials"]) / 3600
-    cards = [(_with_interval(best["mean"], best["half_width"]), f"{metric} of the best of {len(found['points'])} points"),
+    count = len(found["points"])
+    cards = [(_with_interval(best["mean"], best["half_width"]), f"{metric} of the best of {count} point{'s' * (count > 1)}"),
              (named(best["point"]), "the best point"),
              (str(sum(ended.values())), "trials: " + ", ".join(f"{n} {what}" for what, n in ended.items() if n)),
              (f"{hours:.2g} h", "of trials that finished, in all")]
-    note = f"{found['left']} trials are left: {text(found['left_because'])}." if found["left"] else "All trials have ended."
+    left = f"{found['left']} trials are left: {found['left_because']}." if found["left"] else "All trials have ended."
+    note = f"{text(found['about'])}. {text(left)}"
     return headline(f"Sweep: {output.rstrip('/').rpartition('/')[2]}", note, cards)
 
 
@@ -182,33 +184,38 @@ def _cost(found: dict[str, Any], cost: str) -> str:
     marks = [Mark(x=-float(np.mean([t[cost] for t in _trials_of(found, p)])), y=sign * p["mean"], group="",
                   label=named(p["point"])) for p in found["points"]]
     png = figures.frontier(marks, COSTS[cost], found["metric"], x_is_cost=True, y_is_gain=found["mode"] == "max")
-    return section("Quality against cost", "The line joins the points that no other beats in both.",
+    note = " Seconds are of the machine as it was: what else ran beside a trial counts." * (cost == "train_seconds")
+    return section("Quality against cost", "The line joins the points that no other beats in both." + note,
                    img(png, f"{found['metric']} against {COSTS[cost]}"))
 
 
 def _samples(found: dict[str, Any], pictures: Callable[[str], np.ndarray]) -> str:
     rows, labels = [], []
-    for what, point in {"best": found["points"][0], "worst": found["points"][-1]}.items():
+    ends = {"best": found["points"][0]} | ({"worst": found["points"][-1]} if len(found["points"]) > 1 else {})
+    for what, point in ends.items():
         drawn = pictures(_trials_of(found, point)[0]["name"])[:NUM_SAMPLES]
         parts = [drawn[start:start + PER_ROW] for start in range(0, len(drawn), PER_ROW)]
         rows, labels = rows + parts, labels + [what if i == 0 else "" for i in range(len(parts))]
     if not rows:
         return ""
-    return section("Samples of the best and the worst", "The first ones, from the same noise and labels: not chosen.",
-                   img(figures.grid(rows, labels), "samples of the best and the worst point"))
+    title = "Samples of the best" + " and the worst" * (len(ends) > 1)
+    return section(title, "The first ones, from the same noise and labels: not chosen.",
+                   img(figures.grid(rows, labels), f"{title.lower()} point"))
 
 
 def _not_finished(found: dict[str, Any]) -> str:
     rows = [[named(t["point"]), t["seed"], t["status"], t["reason"]] for t in [*found["failed"], *found["stopped"]]]
     if not rows:
         return ""
-    return section("Trials that did not finish", "Failed ones are tried again with --retry-failed.",
+    note = "Failed ones are tried again with --retry-failed." if found["failed"] else ""
+    return section("Trials that did not finish", note,
                    f'<div class="scroll">{table(["point", "seed", "what", "why"], rows)}</div>')
 
 
 def _again(settings: str, commands: Sequence[str]) -> str:
     lines = "\n".join(commands)
-    return section("The best point in full", "Trained again, and judged by more samples; lengthen it with --num-steps.",
+    return section("The best point in full", "Trained again, and judged by more samples; lengthen it with --num-steps, and "
+                   "with --optim.schedule-steps where its learning rate falls.",
                    f"<pre>{text(lines)}</pre><details><summary>best.toml</summary><pre>{text(settings)}</pre></details>")
 
 

@@ -170,8 +170,8 @@ def _checked(where: str, values: Any) -> dict[str, Any] | list[Point]:
     if isinstance(values, dict) and values:
         for key, choices in values.items():
             if not choices or not (isinstance(choices, list) or hasattr(choices, "get_sampler")):
-                raise ValueError(f"{where}: {key} = {choices!r}: must be a list of at least one value, or a range of "
-                                 "ray.tune")
+                raise ValueError(f"{where}: {key} = {choices!r}: must be a list of at least one value (of one, for "
+                                 "what is the same in all trials), or a range of ray.tune")
     elif not isinstance(values, list) or not values or not all(isinstance(point, dict) for point in values):
         raise ValueError(f"{where}: space() gives {values!r}, but must give lists of values by dotted config path, or a "
                          "list of trials")

@@ -74,6 +74,7 @@ def as_table(results: list[dict[str, Any]]) -> pa.Table:
     """A row for each trial that ended: what it is, its settings by path, its metrics and what it cost."""
     costs = ("num_parameters", "train_seconds", "seconds", "reason")
     rows = [{key: result[key] for key in ("name", "status", "seed")} | result["point"] | result.get("metrics", {})
+            | {key: row[key] for row in result.get("curve", [])[-1:] for key in ("step", "loss")}
             | {key: result.get(key) for key in costs} for result in results]
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     return pa.table({key: _column(values) for key, values in columns.items()})

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mdt_ray import checkpoints, config_io, presets
+from mdt_ray import checkpoints, config_io, presets, run_folder, storage
 from mdt_ray.config import EvaluateConfig, TrainConfig, TuneConfig
 from mdt_ray.evaluation import reference
 from mdt_ray.jobs.trial import resolve
@@ -123,6 +123,7 @@ def test_trials_that_do_not_learn_end_early_and_stay_so(latents, tmp_path, sched
     stopped = {result["point"]["optim.lr"] for result in table["stopped"]}
     assert stopped & {1e-6, 1e-7, 1e-8}
     assert 4e-3 in {result["point"]["optim.lr"] for result in table["trials"]}
+    assert len(list((tmp_path / "out" / "tensorboard").iterdir())) == len(rates) - 1, "all but the failed one"
     for result in table["stopped"]:
         assert 10 <= result["curve"][-1]["step"] < 40, "after its grace, before its end"
         assert result["reason"].startswith(f"{scheduler}: its val_loss was among the worse at step")
@@ -229,8 +230,10 @@ def test_bad_spaces_are_refused_before_anything_starts(tmp_path):
         with pytest.raises(ValueError, match=message):
             tune(sweep(tmp_path, str(tmp_path / "latents"), space, **changes))
 
-    refused("{'loss.mask_ration': [0.3]}", r"unknown setting 'loss.mask_ration'; did you mean 'mask_ratio'")
-    refused("{'evaluate.sampling.cfg_scales': [1.0]}", r"unknown setting 'evaluate.sampling.cfg_scales'; did you mean 'cfg_")
+    refused("{'loss.mask_ration': [0.3]}", r"unknown setting 'loss.mask_ration'; did you mean 'loss.mask_ratio'")
+    refused("{'evaluate.sampling.cfg_scales': [1.0]}",
+            r"own': unknown setting 'evaluate.sampling.cfg_scales'; did you mean 'evaluate.sampling.cfg_")
+    refused("{'train.loss.mask_ratio': [0.3]}", "the settings of training have no prefix here; write 'loss.mask_ratio'")
     refused("{'loss.mask_ratio': [0.3, 1.5]}", r"loss.mask_ratio = 1.5")
     for key in ("workers.num_workers", "compile", "latents"):
         refused(f"{{'{key}': [1, 2]}}", f"space = '{key}': is the same for all trials, and changes no result; give --train.")
@@ -304,7 +307,11 @@ def test_a_sweep_leaves_its_report_and_settings_that_train_again(latents, tmp_pa
     with pytest.raises(ValueError, match=r"holds another run; .*\n.*inputs.reference"):
         tune(config_io.override(config, {"evaluate.reference": "other.npz"}))
     known = {(t["point"]["loss.mask_ratio"], t["point"]["model.decode_layer"]): t["metrics"] for t in table["trials"]}
-    part = tune(dataclasses.replace(config, space=_space(tmp_path, "part.py", "{'loss.mask_ratio': [0.3]}")))
+    other = dataclasses.replace(config, space=_space(tmp_path, "part.py", "{'loss.mask_ratio': [0.3]}"))
+    with run_folder.claim(str(tmp_path / "out"), storage.read_json("out/run.json")):
+        with pytest.raises(ValueError, match=r"out is being written by process"):
+            tune(other)  # which has nothing to run, but another table to write
+    part = tune(other)
     assert [t["point"] for t in part["trials"]] == [{"loss.mask_ratio": 0.3}], "by its own keys"
     assert part["trials"][0]["metrics"] == known[0.3, config.train.model.decode_layer]
     assert tune(config) == table

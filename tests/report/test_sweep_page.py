@@ -32,7 +32,8 @@ def results(trials: list[dict], **more) -> dict:
                "num_seeds": r.estimate.num_seeds, "published": None,
                "to_best": r.to_best and vars(r.to_best) | {"is_noise": r.to_best.is_noise}} for r in rows]
     by_status = {status: [t for t in trials if t["status"] == status] for status in ("finished", "stopped", "failed")}
-    return {"metric": METRIC, "mode": "min", "paper": None, "points": points, "trials": by_status["finished"],
+    return {"about": "Space own, search grid", "metric": METRIC, "mode": "min", "paper": None, "points": points,
+            "trials": by_status["finished"],
             "stopped": by_status["stopped"], "failed": by_status["failed"], "left": 0, "left_because": None} | more
 
 
