@@ -123,7 +123,9 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
             return sweep.budget.used_up()
 
         try:
-            return control.watch(fit, channel, config.train, workers.num_workers, sweep.wish, ledger.on_row, meanwhile)
+            # (Trials of one worker wait in Ray's own queue, which the autoscaler sees.)
+            with session.wanted_nodes(workers, concurrent if workers.num_workers > 1 else 0):
+                return control.watch(fit, channel, config.train, workers.num_workers, sweep.wish, ledger.on_row, meanwhile)
         finally:
             sweep.budget.write()
             storage.remove(storage.join(config.output, "ray"))

@@ -102,7 +102,9 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
                 on_the_way = previews.Previews(config, show)
                 try:
                     if not finished:
-                        _train_to_the_end(config, run, claim, wish, show, on_the_way)
+                        # (A sweep asks for the nodes of all its trials.)
+                        with session.wanted_nodes(config.workers, 1 if above is None else 0):
+                            _train_to_the_end(config, run, claim, wish, show, on_the_way)
                     on_the_way.finish(wish)
                 finally:
                     on_the_way.cancel()
