@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -14,6 +15,22 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+SECRET = re.compile(r"(?<=://)[^/?#\s]*:[^/?#\s]*(?=@)|(?<=[?&])(?:access_key|secret_key|session_token)=[^&\s]*")
+"""What opens a store, in a URI: `key:secret@`, or among its options."""
+
+
+def redacted(text: str) -> str:
+    """The text with `***` for the secrets in its URIs."""
+    return SECRET.sub("***", text)
+
+
+def refuse_secrets(name: str, value: str) -> None:
+    """Raise ValueError for a URI with a secret in it: settings are written down, logged and shown."""
+    if SECRET.search(value):
+        raise ValueError(f"{name} = {redacted(value)!r}: holds a secret, and settings are written down, logged and shown; "
+                         "give it to all processes by their environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD), or by the role of their machines")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -115,6 +132,8 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if type(value) is option:
+            if option is str:
+                refuse_secrets(path, value)
             return value
     raise ValueError(f"{path} = {value!r}: must be {' or '.join(map(_name, options))}")
 

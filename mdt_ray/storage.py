@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from mdt_ray import config_io
+
 UPLOAD_BYTES = 16 * 2**20
 """Of a local file that are in memory at once while it goes to an object store."""
 
@@ -29,7 +31,9 @@ def absolute(uri: str) -> str:
 
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of a URI and the path in it. Raises ValueError for a URI that no filesystem opens."""
+    """The filesystem of a URI and the path in it. Raises ValueError for a URI that no filesystem opens, or that holds a
+    secret."""
+    config_io.refuse_secrets("path", uri)
     try:
         return pafs.FileSystem.from_uri(absolute(uri))
     except (ValueError, OSError, NotImplementedError) as error:
