@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import logging
 import shlex
@@ -11,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from mdt_ray import config_io, presets
 from mdt_ray.config import (
+    ClusterConfig,
     ConvertConfig,
     EvaluateConfig,
     InpaintConfig,
@@ -21,6 +23,7 @@ from mdt_ray.config import (
     ReconstructConfig,
     ReferenceConfig,
     SampleConfig,
+    SubmitConfig,
     SweepConfig,
     TrainConfig,
     TuneConfig,
@@ -70,6 +73,12 @@ JOBS = {
     "latents inspect": Job(InspectConfig, "what a folder of latents holds", ("folder",), "inspect", positional="folder"),
     "latents verify": Job(VerifyConfig, "whether a folder of latents is whole, and what some decode to", ("folder",),
                           "verify", positional="folder"),
+    "submit": Job(SubmitConfig, "one of these on a Ray cluster, with its progress and its exit code here", ("command",),
+                  "submit"),
+    "submit list": Job(ClusterConfig, "the jobs of a cluster", (), "list_jobs"),
+    "submit logs": Job(ClusterConfig, "what a job printed, and prints", ("job",), "logs", positional="job"),
+    "submit stop": Job(ClusterConfig, "stop a job, after its checkpoint; the same command goes on", ("job",), "stop",
+                       positional="job"),
 }
 
 
@@ -78,6 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
     of the signal for one that was asked to stop."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     typed = list(arguments)
+    try:
+        for name, value in itertools.pairwise(["", *arguments]):
+            config_io.refuse_secrets(name, value)
+    except ValueError as error:
+        return _fail(arguments[0], error, 2)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -89,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     debug = "--debug" in rest
     try:
-        command = parse(job, [a for a in rest if a != "--debug"])
+        command = parse(job, rest)
     except ValueError as error:
         return _fail(job, error, 2)
     try:
@@ -104,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        return _fail(job, error, 1)
+        return _fail(job, error, getattr(error, "exit_code", 1))
 
 
 def usage() -> str:
@@ -119,13 +133,16 @@ def usage() -> str:
 
 
 def parse(job: str, arguments: list[str]) -> Any:
-    """A command (settings, dry_run) from `[preset] [--config FILE] [--setting value ...]`; later ones win.
+    """A command (settings, dry_run) from `[preset] [--config FILE] [--setting value ...]`; later ones win. `submit` has
+    another command after its settings.
 
     Raises ValueError for an unknown preset, file or setting; exits (code 2, or 0 for --help) as tyro does.
     """
     import tyro  # a tenth of a second that the top-level help does not need
 
     cls, text = JOBS[job].config, JOBS[job].text
+    arguments, submitted = _cut(arguments) if job == "submit" else (arguments, [])
+    arguments = [word for word in arguments if word != "--debug"]
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if name and JOBS[job].positional:
         default = cls(**{JOBS[job].positional: name})
@@ -146,9 +163,48 @@ def parse(job: str, arguments: list[str]) -> Any:
         dry_run: bool = False
         """Print the resolved settings and what would happen, and stop."""
 
-    return tyro.cli(Command, args=arguments, prog=f"mdt-ray {job}", default=Command(settings=default),
-                    description=f"{text}.\n\nusage: mdt-ray {job} [preset] [--config FILE.toml|.json] "
-                                f"[--debug] [settings]\n\npresets: {', '.join(presets.OVERVIEW)}")
+    command = tyro.cli(Command, args=arguments, prog=f"mdt-ray {job}", default=Command(settings=default),
+                       description=f"{text}.\n\nusage: {_shape(job)}")
+    if submitted:
+        command = dataclasses.replace(command, settings=submission(command.settings, submitted))
+    return command
+
+
+def _shape(job: str) -> str:
+    if job == "submit":
+        return "mdt-ray submit [settings] <job> [what is to follow it]"
+    first = f"<{JOBS[job].positional}>" if JOBS[job].positional else "[preset]"
+    return (f"mdt-ray {job} {first} [--config FILE.toml|.json] [--debug] [settings]\n\n"
+            f"presets: {', '.join(presets.OVERVIEW)}")
+
+
+def submission(config: SubmitConfig, words: list[str]) -> SubmitConfig:
+    """`config` with a command line in it that parses here, and whose output will be found again.
+
+    Raises ValueError, or exits, as `parse` does.
+    """
+    job, *rest = words
+    if rest and f"{job} {rest[0]}" in JOBS:
+        job = f"{job} {rest.pop(0)}"
+    if job == "submit" or job.startswith("submit "):
+        raise ValueError("a submitted command cannot be `submit`")
+    settings = parse(job, rest).settings
+    output = getattr(settings, "output", "")
+    if output and "://" not in output and not Path(output).is_absolute():
+        raise ValueError(f"output = {output!r}: on the cluster that is in a temporary folder; name a bucket (s3://...), or "
+                         "an absolute path that all its nodes share")
+    return dataclasses.replace(config, command=tuple(words))
+
+
+def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What comes before the first word that is a job (and not the value of a setting), and the rest."""
+    flags = ("--detach", "--no-detach", "--dry-run", "--no-dry-run", "--debug")
+    jobs = {job.partition(" ")[0] for job in JOBS}
+    for place, (before, word) in enumerate(itertools.pairwise(["", *arguments])):
+        is_value = before.startswith("--") and "=" not in before and before not in flags
+        if word in jobs and not is_value:
+            return arguments[:place], arguments[place:]
+    return arguments, []
 
 
 def run(job: str, config: Any, dry_run: bool = False) -> str:
@@ -161,7 +217,8 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
     for name in JOBS[job].needed:
         if not getattr(config, name):
             raise ValueError(f"--{name.replace('_', '-')}: not given; name it" + (
-                "" if name in ("folder", "sigma_rel") else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
+                "" if name in ("folder", "sigma_rel", "job", "command")
+                else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
     module = importlib.import_module(f"mdt_ray.jobs.{JOBS[job].module or job.partition(' ')[0]}")
     result = getattr(module, JOBS[job].function)(config)
     return _last_line(job, config, result)

@@ -710,6 +710,38 @@ class ReconstructConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Which cluster `submit list`, `submit logs` and `submit stop` ask, and of which job."""
+
+    job: str = operational("")
+    """Its name, as `submit` and `submit list` print it."""
+    address: str = operational("")
+    """The cluster's dashboard, as http://127.0.0.1:8265; without one what RAY_API_SERVER_ADDRESS says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig:
+    """Job `submit`: another command of mdt-ray, run on a cluster. Its words come after these settings."""
+
+    command: tuple[str, ...] = operational(())
+    """The job and its settings, as after `mdt-ray`."""
+    address: str = operational("")
+    """The cluster's dashboard, as http://127.0.0.1:8265; without one what RAY_API_SERVER_ADDRESS says."""
+    name: str = operational("")
+    """Name of the job on the cluster; without one the command's first words and the time."""
+    working_dir: str = operational(".")
+    """What is uploaded, but for what its .rayignore names; the command runs in there. Where it holds no mdt_ray, the
+    installed package is uploaded beside it."""
+    detach: bool = operational(False)
+    """Do not wait for its end."""
+    stop_seconds: int = operational(120)
+    """What a stopped job has to write its checkpoint, before it is killed."""
+
+    def __post_init__(self):
+        require(self.stop_seconds > 0, "stop_seconds", self.stop_seconds, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """All four jobs in order, then the report page."""
 

@@ -16,6 +16,8 @@ import psutil
 
 from mdt_ray import cli
 
+RAY = Path(sys.executable).parent / "ray"
+
 
 def run(arguments: list[str], environment: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess:
     """`mdt-ray <arguments>` to its end; raises AssertionError with its output unless it exits with 0."""

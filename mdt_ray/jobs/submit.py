@@ -1,0 +1,207 @@
+"""`mdt-ray submit`: another command as a job of a Ray cluster, over Ray's job API (HTTP). No Ray is started here.
+
+The cluster needs the dependencies alone; the package goes there with the working directory.
+"""
+
+import asyncio
+import datetime
+import logging
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+from ray.exceptions import RayError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+import mdt_ray
+from mdt_ray.config import ClusterConfig, SubmitConfig
+
+logger = logging.getLogger(__name__)
+
+BAR = re.compile(r"^\w[\w -]*: +\d+%\|")
+"""What tqdm draws (jobs/progress.py), a line each in the log of a job."""
+PATIENCE_SECONDS = 120.0
+"""For a dashboard that does not answer while a job is followed."""
+
+
+class JobEnded(RuntimeError):
+    """A submitted job did not end well, or goes on alone; `exit_code` is for who submitted it."""
+
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+def submit(config: SubmitConfig) -> str:
+    """Upload, start and follow `config.command`; returns what to print last.
+
+    Raises JobEnded with the job's own exit code where that is not 0 (130 where Ctrl-C ended the following and not the job),
+    RuntimeError for a cluster that does not answer or refuses.
+    """
+    client = _client(config.address)
+    folder = Path(config.working_dir).absolute()
+    environment: dict = {"working_dir": str(folder), "env_vars": {
+        "RAY_JOB_STOP_WAIT_TIME_S": str(config.stop_seconds), "PYTHONUNBUFFERED": "1"}}
+    if not (folder / "mdt_ray" / "cli.py").is_file():
+        package = Path(mdt_ray.__file__).parent
+        environment["py_modules"] = [str(package), str(package.parent / "tune_spaces")]
+    words = [word for word in config.command[:2] if re.fullmatch(r"[\w-]+", word) and not word.startswith("-")]
+    name = config.name or f"{'-'.join(words)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    _start(client, name, shlex.join(["python", "-m", "mdt_ray.cli", *config.command]), environment)
+    if config.detach:
+        return f"job {name}\n{_handles(name, config.address)}"
+    logger.info("job %s", name)
+    return _follow(client, name, config.address)
+
+
+def list_jobs(config: ClusterConfig) -> str:
+    """The submitted jobs of a cluster, newest first, a line each: name, state, start, duration, command."""
+    rows = [("job", "state", "started", "took", "command")]
+    found = [job for job in _client(config.address).list_jobs() if job.submission_id]
+    for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True):
+        state = job.status.value.lower()
+        if job.driver_exit_code:
+            state += f" ({job.driver_exit_code})"
+        begin = (job.start_time or 0) / 1000
+        seconds = int((job.end_time / 1000 if job.end_time else time.time()) - begin)
+        rows.append((job.submission_id, state, f"{datetime.datetime.fromtimestamp(begin):%Y-%m-%d %H:%M}",
+                     str(datetime.timedelta(seconds=seconds)), job.entrypoint))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
+                     for row in rows)
+
+
+def logs(config: ClusterConfig) -> str:
+    """Follow a job as `submit` does, from its first line. Raises as `submit`, and ValueError for a job that is not there."""
+    client = _client(config.address)
+    _info(client, config.job)
+    return _follow(client, config.job, config.address)
+
+
+def stop(config: ClusterConfig) -> str:
+    """Ask a job to stop, wait until it has, and say how it ended. Raises ValueError for a job that is not there."""
+    client = _client(config.address)
+    if _info(client, config.job).status.is_terminal():
+        return f"job {config.job} had ended: {_state(client, config.job)}"
+    client.stop_job(config.job)
+    while not (info := client.get_job_info(config.job)).status.is_terminal():
+        time.sleep(0.5)
+    return f"job {config.job}: {_state(client, config.job)}; submit the same command to go on:\n  {info.entrypoint}"
+
+
+def _start(client: JobSubmissionClient, name: str, entrypoint: str, environment: dict) -> None:
+    """Upload and start. A cluster that has only just begun has no process for that yet."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata={"name": name})
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > end:
+                raise
+        time.sleep(1)
+
+
+def _client(address: str) -> JobSubmissionClient:
+    # (They name every file that is not uploaded, and every connection.)
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        return JobSubmissionClient(address or None)
+    except RayError as error:  # of authentication
+        raise RuntimeError(f"address = {address!r}: the cluster asks for its token; set RAY_AUTH_MODE=token, and "
+                           "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH") from error
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise RuntimeError(f"address = {address!r}: {error}; name the cluster's dashboard, as --address "
+                           "http://127.0.0.1:8265 where that is forwarded from its head") from error
+
+
+def _info(client: JobSubmissionClient, name: str):
+    try:
+        return client.get_job_info(name)
+    except RuntimeError as error:
+        raise ValueError(f"job = {name!r}: the cluster has no such job; `mdt-ray submit list` names them") from error
+
+
+def _state(client: JobSubmissionClient, name: str) -> str:
+    info = client.get_job_info(name)
+    code = "" if info.driver_exit_code is None else f" with exit code {info.driver_exit_code}"
+    return f"{info.status.value.lower()}{code}"
+
+
+def _handles(name: str, address: str) -> str:
+    where = f" --address {shlex.quote(address)}" if address else ""
+    return f"follow it: mdt-ray submit logs {name}{where}\nstop it: mdt-ray submit stop {name}{where}"
+
+
+def _follow(client: JobSubmissionClient, name: str, address: str) -> str:
+    screen = _Screen()
+    try:
+        _print_all(client, name, screen)
+    except KeyboardInterrupt:
+        raise JobEnded(f"job {name} goes on\n{_handles(name, address)}", 130) from None
+    finally:
+        screen.end()
+    info = client.get_job_info(name)
+    if info.status == JobStatus.SUCCEEDED:
+        return f"job {name} succeeded"
+    if info.status == JobStatus.STOPPED:
+        raise JobEnded(f"job {name} was stopped; the same command goes on", 143)
+    last = [line for line in client.get_job_logs(name).splitlines() if line.strip() and not BAR.match(line)]
+    raise JobEnded(f"job {name} failed: {last[-1] if last else info.message}", info.driver_exit_code or 1)
+
+
+def _print_all(client: JobSubmissionClient, name: str, screen: "_Screen") -> None:
+    """Print what the job printed and prints, until it has ended. A connection that breaks is made again."""
+    lost_since = None
+    while True:
+        try:
+            asyncio.run(_tail(client, name, screen))
+            if client.get_job_status(name).is_terminal():
+                return
+            lost_since = None
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:  # those of requests are OSErrors
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > PATIENCE_SECONDS:
+                raise RuntimeError(f"the cluster has not answered for {PATIENCE_SECONDS:.0f} s ({error}); job {name} may go "
+                                   f"on\n{_handles(name, '')}") from error
+        time.sleep(1)
+
+
+async def _tail(client: JobSubmissionClient, name: str, screen: "_Screen") -> None:
+    seen = 0
+    async for text in client.tail_job_logs(name):  # from its first line, also the second time
+        screen.show(text[max(screen.shown - seen, 0):])
+        seen += len(text)
+
+
+class _Screen:
+    """A job's log here: whole lines, and on a terminal its progress bar in one line."""
+
+    def __init__(self):
+        self.shown = 0
+        self.rest = ""
+        self.is_on_bar = False
+
+    def show(self, text: str) -> None:
+        self.shown += len(text)
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self._put(line)
+
+    def end(self) -> None:
+        if self.rest:
+            self._put(self.rest)
+        if self.is_on_bar:
+            print(file=sys.stderr)
+        self.rest, self.is_on_bar = "", False
+
+    def _put(self, line: str) -> None:
+        is_bar = bool(BAR.match(line)) and sys.stderr.isatty()
+        if self.is_on_bar:
+            print("\r\x1b[K" if is_bar else "", end="" if is_bar else "\n", file=sys.stderr)
+        print(line, end="" if is_bar else "\n", file=sys.stderr, flush=True)
+        self.is_on_bar = is_bar

@@ -1,0 +1,72 @@
+"""A Ray head in processes of its own, behind token authentication, for tests of what is submitted to it."""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from tests.harness import RAY
+
+
+class Head(NamedTuple):
+    """What a laptop needs to submit to it."""
+
+    address: str
+    environment: dict[str, str]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def head(folder: Path, num_cpus: int = 3, **variables: str) -> Iterator[Head]:
+    """Start one, and end all its processes. `variables` are set in its processes, not in the laptop's environment."""
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    # (Its jobs run `python`.)
+    outside |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}
+    outside |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as sessions:  # sockets: short
+        process = subprocess.Popen(
+            [str(RAY), "start", "--head", "--block", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
+             f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}", f"--num-cpus={num_cpus}",
+             "--object-store-memory=200000000", f"--temp-dir={sessions}", "--disable-usage-stats"],
+            env=outside | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        try:
+            _wait_for(port, process)
+            yield Head(f"http://127.0.0.1:{port}", outside)
+        finally:
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            for left in psutil.wait_procs(started, timeout=5)[1]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+            process.kill()
+            process.wait()
+
+
+def _wait_for(port: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        assert process.poll() is None, process.stdout.read()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the head's dashboard did not start")

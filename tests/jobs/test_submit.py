@@ -1,0 +1,143 @@
+"""`submit` to a Ray head of its own, behind its token: what a laptop sees of jobs that end well, fail, and are stopped."""
+
+import io
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mdt_ray import checkpoints, cli
+from mdt_ray.config import SubmitConfig
+from mdt_ray.jobs import submit
+from tests import clusters, harness
+from tests.conftest import ROOT
+from tests.helpers import make_latents
+from tests.jobs.test_kills import TRAIN
+from tests.test_cli import run as command_line
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["train", "digits"], r"output = 'runs/digits/train': on the cluster that is in a temporary folder; name a bucket"),
+    (["--name", "train", "train", "digits"], "output = 'runs/digits/train'"),
+    (["--detach", "train", "digits", "--loss.mask-ratio", "1"], r"loss.mask_ratio = 1.0: must be in"),
+    (["submit", "list"], "a submitted command cannot be `submit`"),
+    (["train", "--output", "s3://key:secret@bucket/run"], r"--output = 's3://\*\*\*@bucket/run': holds a secret"),
+    (["--stop-seconds", "0", "train", "--output", "s3://bucket/run"], "stop_seconds = 0: must be positive"),
+])
+def test_a_wrong_command_is_refused_here(arguments, message, capsys):
+    code, _, error = command_line("submit", "--address", "http://127.0.0.1:1", *arguments, capsys=capsys)
+    assert code == 2
+    assert re.search(message, " ".join(error.split()))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["submit"], "--command: not given; name it"),
+    (["submit", "train", "--output", "s3://bucket/run"], "Failed to connect to Ray at address: http://127.0.0.1:1"),
+    (["submit", "list"], "name the cluster's dashboard, as --address http://127.0.0.1:8265"),
+    (["submit", "stop"], "--job: not given; name it"),
+])
+def test_no_cluster_ends_with_1_and_what_to_do(arguments, message, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
+    assert cli.main(arguments) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_begins_at_the_first_word_that_is_a_job():
+    words = ["--name", "train", "--detach", "evaluate", "sweep", "--output", "s3://b/x"]
+    assert cli._cut(words) == (words[:3], words[3:])
+    assert cli._cut(["--address=tune", "tune", "digits"]) == (["--address=tune"], ["tune", "digits"])
+    words = ["train", "digits", "--output", "/x"]
+    assert cli.submission(SubmitConfig(), words).command == tuple(words)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_log_is_shown_as_it_was_and_its_bar_in_one_line(monkeypatch, is_terminal):
+    """In whatever pieces it comes."""
+    log = "starting Ray\ntrain     :   0%|  | 0/10\ntrain     :  50%|# | 5/10\nwarning\ntrain     : 100%|##| 10/10\ndone"
+    for size in (1, 3, 1000):
+        stream = io.StringIO()
+        stream.isatty = lambda: is_terminal
+        monkeypatch.setattr(sys, "stderr", stream)
+        screen = submit._Screen()
+        for start in range(0, len(log), size):
+            screen.show(log[start:start + size])
+        screen.end()
+        assert screen.shown == len(log)
+        shown = stream.getvalue()
+        if is_terminal:
+            assert shown == ("starting Ray\ntrain     :   0%|  | 0/10\r\x1b[Ktrain     :  50%|# | 5/10\nwarning\n"
+                             "train     : 100%|##| 10/10\ndone\n")
+        else:
+            assert shown == log + "\n"
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    with clusters.head(tmp_path_factory.mktemp("head")) as head:
+        yield head
+
+
+def run(head, *words: str, cwd=ROOT, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mdt_ray.cli", "submit", *words, "--address", head.address]
+    if words[0] not in ("list", "logs", "stop"):
+        command = [*command[:4], "--address", head.address, *words]
+    return subprocess.run(command, env=head.environment | {"PYTHONPATH": str(ROOT)} | environment, cwd=cwd, text=True,
+                          capture_output=True, timeout=240)
+
+
+def training(folder) -> list[str]:
+    make_latents(folder / "latents", num_images=200)
+    return ["train", *TRAIN, "--latents", f"{folder}/latents", "--output", f"{folder}/run"]
+
+
+@pytest.mark.ray
+def test_a_job_is_followed_to_its_end_good_or_bad(head, tmp_path):
+    train = training(tmp_path)
+    done = run(head, "--name", "short", *train, "--num-steps", "5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "job short succeeded\n"
+    assert re.search(r"train +: 100%\|.* step 5/5 loss \d", done.stderr), done.stderr
+    assert f"checkpoint {tmp_path}/run/checkpoints/step-00000005" in done.stderr, "what the job prints last"
+    assert len(done.stderr.splitlines()) < 30, done.stderr
+    failed = run(head, *train, "--optim.lr", "0.5", "--num-steps", "9")
+    assert failed.returncode == 1
+    assert "holds another run; these settings differ" in failed.stderr
+    assert re.search(r"mdt-ray submit: error: job train-\d+-\d+ failed: Use another output folder", failed.stderr)
+    strange = run(head, "list", RAY_AUTH_MODE="disabled")
+    assert strange.returncode == 1
+    assert "the cluster asks for its token; set RAY_AUTH_MODE=token" in strange.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_detached_job_is_listed_and_stopped_and_goes_on(head, tmp_path):
+    """From a folder that does not have the package."""
+    train = training(tmp_path)
+    long = [*train, "--num-steps", "100000", "--checkpoint-every-steps", "10"]
+    detached = run(head, "--detach", "--name", "long", *long, cwd=tmp_path)
+    assert detached.returncode == 0, detached.stderr
+    assert f"stop it: mdt-ray submit stop long --address {head.address}" in detached.stdout
+    end = time.monotonic() + 120
+    while checkpoints.newest_step(f"{tmp_path}/run") < 20:
+        assert time.monotonic() < end, run(head, "logs", "long").stderr
+        time.sleep(0.5)
+    listed = run(head, "list").stdout.splitlines()
+    assert listed[1].split()[:2] == ["long", "running"]
+    stopped = run(head, "stop", "long")
+    assert stopped.returncode == 0
+    assert "job long: stopped" in stopped.stdout
+    step = checkpoints.newest_step(f"{tmp_path}/run")
+    assert step % 10, "a checkpoint of its own"
+    followed = run(head, "logs", "long")
+    assert followed.returncode == 143
+    assert "mdt-ray train: stopped; the newest checkpoint is that of step" in followed.stderr
+    again = run(head, "--name", "again", *train, "--num-steps", str(step + 5), cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    rows = checkpoints.read_metrics(f"{tmp_path}/run/metrics.parquet")
+    assert [row["step"] for row in rows] == list(range(1, step + 6))
+    assert harness.leftovers(tmp_path / "run") == []
+    assert [line.split()[1] for line in run(head, "list").stdout.splitlines()[1:3]] == ["succeeded", "stopped"]
+    unknown = run(head, "stop", "nobody")
+    assert (unknown.returncode, "the cluster has no such job; `mdt-ray submit list`" in unknown.stderr) == (1, True)
