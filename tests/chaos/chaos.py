@@ -1,0 +1,232 @@
+"""One fault in each run of a job, at a random moment, over three hosts and a store: what is left equals that of an
+undisturbed run.
+
+    python -m tests.chaos.chaos [--runs 25] [--jobs precompute train tune evaluate] [--first 0]
+
+Faults and moments follow from the number of the run alone. Where the fault ended the job, the same command is given again,
+as a person would. Prints a line a run, and as the last one JSON with the figures.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mdt_ray.training.meters import MACHINE_COLUMNS
+from tests.chaos.rig import Rig
+from tests.harness import RAY
+
+OUTAGE_SECONDS = 10.0
+"""Of the store, and of a host's network."""
+REBOOT_SECONDS = 5.0
+"""Until a lost host is there again."""
+RUN_SECONDS = 400.0
+"""For a command to end, or what it started to be gone."""
+ATTEMPTS = 3
+"""Commands, the first one included, until a job must be done."""
+WORKERS = {"precompute": "MapWorker", "train": "RayTrainWorker", "tune": "ImplicitFunc", "evaluate": "MapWorker"}
+"""Title of the processes that do a job's work."""
+FAULTS = ("driver", "worker", "node", "store", "network")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run with a fault."""
+
+    job: str
+    number: int
+    fault: str
+    moment: float
+    """Seconds after the start."""
+    commands: int
+    """Given in all."""
+    recovery: float | None
+    """Seconds from the fault to the next object in the store; None where none was missing any more."""
+    lost: float
+    """Seconds that it took longer than the undisturbed run."""
+    wrong: list[str]
+    """In what it differs, or what is left over."""
+
+
+class Chaos:
+    """A rig with the undisturbed runs of the jobs on it."""
+
+    def __init__(self, rig: Rig):
+        self.rig = rig
+        self.seconds: dict[str, float] = {}
+
+    def uri(self, path: str) -> str:
+        return self.rig.store.uri(path)
+
+    def command(self, job: str, output: str) -> list[str]:
+        """A small run of a job on the digits, with its output in the store."""
+        latents, trained = self.uri("straight/precompute"), self.uri("straight/train")
+        words = {
+            "precompute": ["--chunk-size", "60", "--encode-batch-size", "20", "--workers.num-workers", "2"],
+            "train": ["--latents", latents, "--num-steps", "60", "--checkpoint-every-steps", "10", "--log-every-steps", "5",
+                      "--precision", "fp32", "--workers.num-workers", "2"],
+            "tune": ["--train.latents", latents, "--train.num-steps", "20", "--train.checkpoint-every-steps", "5",
+                     "--evaluate.num-samples", "50", "--max-trials", "3"],
+            "evaluate": ["--checkpoint", trained, "--num-samples", "300", "--chunk-size", "20", "--workers.num-workers",
+                         "2"],
+        }[job]
+        return [job, "digits", "--output", self.uri(output), *words]
+
+    def straight(self, job: str) -> None:
+        """The undisturbed run, once. Raises AssertionError where even that fails."""
+        started = time.monotonic()
+        code, text = self._finish(self.rig.submit(*self.command(job, f"straight/{job}")))
+        assert code == 0, text
+        self.seconds[job] = time.monotonic() - started
+
+    def run(self, job: str, number: int) -> Outcome:
+        """Run `number` of a job, with its fault."""
+        draw = random.Random(f"{job} {number}")
+        fault = FAULTS[number % len(FAULTS)]
+        moment = draw.uniform(0.15, 0.95) * self.seconds[job]
+        output = f"chaos/{job}-{number}"
+        started = time.monotonic()
+        process, commands = self.rig.submit(*self.command(job, output)), 1
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(moment)
+        at = time.monotonic()
+        held = set(self.rig.store.objects(output))
+        heal = self._strike(job, fault, draw)
+        recovery = self._until_new(output, held, process, heal)
+        code, text = self._finish(process)
+        while code != 0 and commands < ATTEMPTS:
+            commands += 1
+            code, text = self._finish(self.rig.submit(*self.command(job, output)))
+            recovery = recovery or time.monotonic() - at
+        lost = time.monotonic() - started - self.seconds[job]
+        wrong = [f"exit code {code}: {text[-500:]}"] if code else self.differences(job, output)
+        return Outcome(job, number, fault, moment, commands, recovery, lost, wrong + self._left_over(job, output))
+
+    def _strike(self, job: str, fault: str, draw: random.Random) -> Callable[[], None]:
+        """Do it; returns what heals it, to be called some time later."""
+        rig = self.rig
+        if fault in ("driver", "worker"):
+            victim = rig.find(f"mdt_ray.cli {job}" if fault == "driver" else f"ray::{WORKERS[job]}")
+            if victim is not None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+            return lambda: None
+        if fault == "node":
+            host = draw.choice(rig.hosts[1:])
+            host.kill()
+            return _after(REBOOT_SECONDS, lambda: rig.start(host))
+        stack = contextlib.ExitStack()
+        stack.enter_context(rig.store_down() if fault == "store" else draw.choice(rig.hosts[1:]).unplugged())
+        return _after(OUTAGE_SECONDS, stack.close)
+
+    def _until_new(self, output: str, held: set[str], process: subprocess.Popen, heal: Callable[[], None]) -> float | None:
+        """Wait for the healing, then for an object that was not there before, or the end of the command."""
+        began = time.monotonic()
+        heal()
+        while process.poll() is None and time.monotonic() - began < RUN_SECONDS:
+            with contextlib.suppress(OSError):
+                if set(self.rig.store.objects(output)) - held:
+                    return time.monotonic() - began
+            time.sleep(0.5)
+        return None
+
+    def _finish(self, process: subprocess.Popen) -> tuple[int, str]:
+        try:
+            text, _ = process.communicate(timeout=RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text, _ = process.communicate()
+            return 124, text
+        return process.returncode, text
+
+    def differences(self, job: str, output: str) -> list[str]:
+        """In what the artefacts are not those of the undisturbed run."""
+        ours, theirs = (_essence(job, self.rig.store.objects(path)) for path in (output, f"straight/{job}"))
+        return [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+
+    def _left_over(self, job: str, output: str) -> list[str]:
+        """Locks, half-written files, processes and reservations that nobody will ever need."""
+        found = [f"{name} is left" for name in self.rig.store.objects(output)
+                 if name.endswith("lock.json") or ".tmp-" in name or "/ray/" in f"/{name}"]
+        end = time.monotonic() + 40
+        while (left := self._running()) and time.monotonic() < end:
+            time.sleep(1)
+        return found + left
+
+    def _running(self) -> list[str]:
+        found = [f"process {title} is left" for title in {*WORKERS.values(), "mdt_ray.cli"} if self.rig.find(title)]
+        command = [str(RAY), "list", "placement-groups", "--address", self.rig.address, "--format", "json", "--filter",
+                   "state!=REMOVED"]
+        done = subprocess.run(command, env=self.rig.environment, capture_output=True, text=True)
+        held = json.loads(done.stdout or "[]") if done.returncode == 0 else [done.stderr[-200:]]
+        return found + [f"placement group {one} is left" for one in held]
+
+
+def _after(seconds: float, do: Callable[[], None]) -> Callable[[], None]:
+    def wait() -> None:
+        time.sleep(seconds)
+        do()
+
+    return wait
+
+
+def _essence(job: str, objects: dict[str, bytes]) -> dict[str, Any]:
+    """What must be the same: latents and features byte for byte, metrics and losses bit for bit, trials by name."""
+    if job == "precompute":
+        return {name: data for name, data in objects.items() if name.endswith(".parquet") and "chunk-" in name}
+    if job == "evaluate":
+        chunks = {name: data for name, data in objects.items() if name.startswith("chunks/")}
+        return chunks | {"metrics": json.loads(objects["metrics.json"])["metrics"] if "metrics.json" in objects else None}
+    if job == "train":
+        rows = pq.read_table(pa.BufferReader(objects["metrics.parquet"])).to_pylist() if "metrics.parquet" in objects else []
+        weights = {name: data for name, data in objects.items() if name.endswith(".safetensors") and "step-00000060" in name}
+        return weights | {"rows": [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in rows]}
+    results = [json.loads(data) for name, data in objects.items() if name.endswith("/result.json")]
+    return {result["name"]: (result["status"], result.get("metrics"), [row["loss"] for row in result.get("curve", [])])
+            for result in results}
+
+
+def main(jobs: list[str], runs: int, first: int = 0) -> dict[str, Any]:
+    """All runs; returns the figures."""
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as folder, Rig(Path(folder)) as rig:
+        chaos = Chaos(rig)
+        for job in ["precompute", "train", *(job for job in jobs if job not in ("precompute", "train"))]:
+            chaos.straight(job)  # latents and a checkpoint are what the others begin with
+            print(f"{job}: {chaos.seconds[job]:.0f} s undisturbed", flush=True)
+        for number in range(first, first + runs):
+            for job in jobs:
+                outcome = chaos.run(job, number)
+                outcomes.append(outcome)
+                print(f"{job} {number}: {outcome.fault} after {outcome.moment:.0f} s, {outcome.commands} commands, "
+                      f"{outcome.lost:+.0f} s: {'; '.join(outcome.wrong) or 'survived'}", flush=True)
+    survived = [o for o in outcomes if not o.wrong]
+    recoveries = [o.recovery for o in survived if o.recovery is not None]
+    return {"faults_injected": len(outcomes), "faults_survived": len(survived),
+            "lost_work_seconds": statistics.median(o.lost for o in survived) if survived else None,
+            "recovery_seconds": statistics.median(recoveries) if recoveries else None}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=25)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--jobs", nargs="+", choices=list(WORKERS), default=list(WORKERS))
+    given = parser.parse_args()
+    figures = main(given.jobs, given.runs, given.first)
+    print(json.dumps({"name": "chaos", "machine": platform.processor() or platform.machine(), "figures": figures}))
+    sys.exit(figures["faults_injected"] != figures["faults_survived"])

@@ -1,0 +1,222 @@
+"""Several hosts on this machine, each with a Ray node, and a store that they reach over the network only.
+
+With network namespaces (root on Linux) a host has an address and a cable of its own, which can be pulled; without, hosts
+share this machine's address and are told apart by a variable in their processes' environment. Either way they are real nodes
+of a real Ray behind a token, killed by real signals.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests import s3
+from tests.clusters import free_port
+from tests.conftest import ROOT
+from tests.harness import RAY
+
+MARK = "MDT_TEST_HOST"
+"""In the environment of all processes of a host."""
+STORE = 2**20 * 120
+
+
+def namespaces_allowed() -> bool:
+    """Whether this process may make network namespaces."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return False
+    name = f"mdt-try-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+    if made:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+    return made
+
+
+@dataclass
+class Host:
+    """A machine, as far as Ray can tell."""
+
+    name: str
+    address: str
+    cpus: int
+    prefix: list[str] = field(default_factory=list)
+    """What runs a command on it."""
+    cable: str = ""
+    """Its end of the network outside, where it has one."""
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run on it."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(MARK) == self.name:
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """As if its power failed."""
+        while processes := self.processes():
+            for process in processes:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(processes, timeout=5)
+
+    @contextlib.contextmanager
+    def unplugged(self) -> Iterator[None]:
+        """Without network while the block runs."""
+        subprocess.run(["ip", "link", "set", self.cable, "down"], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["ip", "link", "set", self.cable, "up"], check=True)
+
+
+class Rig:
+    """A head without CPUs, and workers; `submit` is what a laptop does."""
+
+    def __init__(self, folder: Path, workers: int = 2, cpus: int = 2):
+        self.folder, self.is_network = folder, namespaces_allowed()
+        self.tag = f"{os.getpid() % 10000}"
+        self.net = f"10.{77 + os.getpid() % 100}.0"
+        self.hosts = [self._host(i, cpus if i else 0) for i in range(workers + 1)]
+        self.store_host = self._host(workers + 1, 0)
+        self.port, self.dashboard = (6379, 8265) if self.is_network else (free_port(), free_port())
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | s3.KEYS | {
+            "PATH": f"{RAY.parent}:{os.environ['PATH']}",  # jobs run `python`
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
+            # A node is given up after so many failed looks, a second apart: a cable pulled for ten seconds is no lost node.
+            "RAY_health_check_failure_threshold": "8", "RAY_health_check_period_ms": "2000",
+            "RAY_health_check_timeout_ms": "2000"}
+        self.sessions = tempfile.mkdtemp(prefix="rig-", dir="/tmp")  # sockets: short
+        self.address = f"http://{self.hosts[0].address}:{self.dashboard}"
+        self.store: s3.Store | None = None
+
+    def _host(self, number: int, cpus: int) -> Host:
+        name = f"mdt{self.tag}h{number}"
+        if not self.is_network:
+            return Host(name, "127.0.0.1", cpus)
+        return Host(name, f"{self.net}.{number + 1}", cpus, ["ip", "netns", "exec", name], f"m{self.tag}v{number}")
+
+    def __enter__(self) -> "Rig":
+        try:
+            if self.is_network:
+                self._lay_cables()
+            self._start_store()
+            for host in self.hosts:
+                self.start(host)
+            self._wait_for_nodes()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for host in [*self.hosts, self.store_host]:
+            host.kill()
+        if self.is_network:
+            for host in [*self.hosts, self.store_host]:
+                subprocess.run(["ip", "netns", "del", host.name], stderr=subprocess.DEVNULL)
+                subprocess.run(["ip", "link", "del", host.cable], stderr=subprocess.DEVNULL)
+            subprocess.run(["ip", "link", "del", f"m{self.tag}b"], stderr=subprocess.DEVNULL)
+        shutil.rmtree(self.sessions, ignore_errors=True)
+
+    def _lay_cables(self) -> None:
+        bridge = f"m{self.tag}b"
+        lines = [f"link add {bridge} type bridge", f"addr add {self.net}.254/24 dev {bridge}", f"link set {bridge} up"]
+        for host in [*self.hosts, self.store_host]:
+            lines += [f"netns add {host.name}", f"link add {host.cable} type veth peer name eth0 netns {host.name}",
+                      f"link set {host.cable} master {bridge}", f"link set {host.cable} up",
+                      f"-n {host.name} addr add {host.address}/24 dev eth0", f"-n {host.name} link set lo up",
+                      f"-n {host.name} link set eth0 up"]
+        for line in lines:
+            subprocess.run(["ip", *line.split()], check=True)
+
+    def _start_store(self) -> None:
+        host, port = self.store_host, 9000 if self.is_network else free_port()
+        self._spawn(host, [sys.executable, "-m", "moto.server", "-H", host.address, "-p", str(port)])
+        _wait(lambda: _answers(host.address, port), "the store")
+        self.store = s3.Store(f"http://{host.address}:{port}")
+
+    def start(self, host: Host) -> None:
+        """Start its node of Ray (again)."""
+        common = [f"--node-ip-address={host.address}", f"--num-cpus={host.cpus}", f"--object-store-memory={STORE}",
+                  "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}"]
+        command = [str(RAY), "start", "--block", *common]
+        if host is self.hosts[0]:
+            command += ["--head", f"--port={self.port}", f"--dashboard-host={host.address}",
+                        f"--dashboard-port={self.dashboard}", f"--temp-dir={self.sessions}"]
+        else:
+            command += [f"--address={self.hosts[0].address}:{self.port}"]
+        self._spawn(host, command)
+        if host is self.hosts[0]:
+            _wait(lambda: _answers(host.address, self.dashboard), "the dashboard")
+
+    def _spawn(self, host: Host, command: list[str]) -> None:
+        environment = self.environment | {MARK: host.name}
+        if self.is_network:
+            environment |= {"GLOO_SOCKET_IFNAME": "eth0"}
+        with (self.folder / f"{host.name}.log").open("ab") as log:
+            subprocess.Popen([*host.prefix, *command], env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def _wait_for_nodes(self) -> None:
+        wanted = len(self.hosts)
+        _wait(lambda: self.num_nodes() >= wanted, f"{wanted} nodes")
+
+    def num_nodes(self) -> int:
+        """Living nodes, asked as an operator would."""
+        command = [str(RAY), "list", "nodes", "--address", self.address, "--format", "json", "--filter", "state=ALIVE"]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        return done.stdout.count('"node_id"') if done.returncode == 0 else 0
+
+    def submit(self, *words: str) -> subprocess.Popen:
+        """`mdt-ray submit <words>` from outside, with both streams in one."""
+        command = [sys.executable, "-m", "mdt_ray.cli", "submit", "--address", self.address, *words]
+        return subprocess.Popen(command, env=self.environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
+
+    def find(self, part: str) -> psutil.Process | None:
+        """A process of any host whose command line holds `part`."""
+        for host in self.hosts:
+            for process in host.processes():
+                with contextlib.suppress(psutil.Error):
+                    if part in " ".join(process.cmdline()):
+                        return process
+        return None
+
+    @contextlib.contextmanager
+    def store_down(self) -> Iterator[None]:
+        """The store does not answer while the block runs."""
+        processes = self.store_host.processes()
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.send_signal(signal.SIGCONT)
+
+
+def _answers(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
+        return True
+    return False
+
+
+def _wait(moment, what: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not moment():
+        assert time.monotonic() < end, f"{what} did not come up"
+        time.sleep(0.3)
