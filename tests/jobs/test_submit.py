@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 
@@ -71,6 +72,17 @@ def test_a_log_is_shown_as_it_was_and_its_bar_in_one_line(monkeypatch, is_termin
                              "train     : 100%|##| 10/10\ndone\n")
         else:
             assert shown == log + "\n"
+
+
+def test_the_upload_is_small():
+    """Of a working copy with all that stands in .rayignore: what is left of it, zipped as Ray does."""
+    ignored = {line.rstrip("/") for line in (ROOT / ".rayignore").read_text().split()}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for path in ROOT.rglob("*"):
+            if path.is_file() and not ignored & set(path.relative_to(ROOT).parts):
+                packed.write(path, path.relative_to(ROOT))
+    assert 1e5 < len(archive.getvalue()) < 5e6
 
 
 @pytest.fixture(scope="module")
