@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mdt_ray import config_io, storage
+from mdt_ray import config_io, run_folder, storage
 from mdt_ray.config import PrecomputeConfig, VaeConfig
 from mdt_ray.data import images, latents, listings, readers, sources
 from mdt_ray.data.vae import load_vae, to_unit_range
@@ -317,7 +317,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
 
 def test_an_encoder_whose_run_was_taken_over_writes_nothing(tmp_path):
     config = encoding(parquet(tmp_path / "source"), tmp_path / "out")
-    encoder = encode.Encoder(config_io.to_dict(config), "", "parquet", "run", "mine", None)
+    encoder = encode.Encoder(config_io.to_dict(config), "", "parquet", "run", run_folder.Claim(config.output, "mine"), None)
     storage.write_json(str(tmp_path / "out" / "lock.json"), {"token": "another's"})
     with pytest.raises(RuntimeError, match="another run has taken over"):
         encoder._write(0, ["a"], [0], np.zeros((1, 1, 2, 4, 4, 4), np.float16))

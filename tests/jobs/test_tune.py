@@ -273,7 +273,7 @@ def test_a_sweep_is_stopped_and_its_budget_kept(latents, tmp_path):
     """One trial after the other, the first short enough to end; the same command with more goes on from the checkpoint."""
     config = sweep(tmp_path, latents, "[{'loss.mask_ratio': 0.3}, {'loss.mask_ratio': 0.5}]", max_concurrent_trials=1,
                    **{"train.keep_every_steps": 0})
-    with pytest.raises(RuntimeError, match=r"time_limit = 1e-05 hours is reached before any trial finished; the same"):
+    with pytest.raises(RuntimeError, match=r"time_limit = 1e-05 hours is reached before any trial finished; their che"):
         tune(dataclasses.replace(config, time_limit=1e-5))
     first = resolve(settled(config, load_space(config.space)), load_space(config.space).grid())[0]
     assert results_of(tmp_path) == {}
