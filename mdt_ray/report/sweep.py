@@ -164,7 +164,9 @@ def _sooner(of: dict[int, list], base: dict[int, list], x: str, mode: str) -> st
 def _curves(found: dict[str, Any]) -> str:
     order = [row["point"] for row in found["points"]]
     trials = [t for t in [*found["trials"], *found["stopped"]] if t["curve"]]
-    name = "val_loss" if all(any("val_loss" in row for row in t["curve"]) for t in trials) else "loss"
+    # One point is no curve. (Of a trial that was ended early it may be all there is.)
+    measured = [sum("val_loss" in row for row in t["curve"]) for t in trials]
+    name = "val_loss" if min(measured, default=0) > 0 and max(measured) > 1 else "loss"
     curves = []
     for t in trials:
         rows = [row for row in t["curve"] if name in row]

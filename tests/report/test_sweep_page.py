@@ -108,6 +108,16 @@ def test_where_more_is_better_the_front_is_of_the_highest(tmp_path, monkeypatch)
     assert axes.yaxis.get_inverted(), "the highest above"
 
 
+def test_a_loss_that_was_measured_once_is_no_curve(tmp_path):
+    """Then that of training is shown; in the other trials of this file both are there at every step."""
+    once = trial({"optim.lr": 1e-3}, 0, 10.0)
+    for row in once["curve"][:-1]:
+        del row["val_loss"]
+    assert "Training loss: the best point darkest" in " ".join(page(tmp_path, results([once])).text)
+    more = results([once, trial({"optim.lr": 2e-3}, 0, 11.0)])
+    assert "Loss on held-out images" in " ".join(page(tmp_path, more).text)
+
+
 @pytest.mark.parametrize("status", ["stopped", "failed"])
 def test_what_did_not_finish_is_told(tmp_path, status):
     bad = trial({"optim.lr": 1e9}, 0, 30.0, status=status) | ({"curve": []} if status == "failed" else {})
