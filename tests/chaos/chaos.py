@@ -172,7 +172,9 @@ class Chaos:
         command = [str(RAY), "list", "placement-groups", "--address", self.rig.address, "--format", "json", "--filter",
                    "state!=REMOVED"]
         done = subprocess.run(command, env=self.rig.environment, capture_output=True, text=True)
-        held = json.loads(done.stdout or "[]") if done.returncode == 0 else [done.stderr[-200:]]
+        if done.returncode != 0:
+            return [*found, done.stderr[-200:]]
+        held = json.loads(done.stdout) if done.stdout.lstrip().startswith("[") else []  # of none Ray says so in words
         return found + [f"placement group {one} is left" for one in held]
 
 

@@ -115,9 +115,9 @@ class Rig:
             if self.is_network:
                 self._lay_cables()
             self._start_store()
-            for host in self.hosts:
+            for count, host in enumerate(self.hosts, 1):  # one after the other: they share a session's folder
                 self.start(host)
-            self._wait_for_nodes()
+                _wait(lambda count=count: self.num_nodes() >= count, f"{count} nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -170,10 +170,6 @@ class Rig:
             environment |= {"GLOO_SOCKET_IFNAME": "eth0"}
         with (self.folder / f"{host.name}.log").open("ab") as log:
             subprocess.Popen([*host.prefix, *command], env=environment, stdout=log, stderr=log, start_new_session=True)
-
-    def _wait_for_nodes(self) -> None:
-        wanted = len(self.hosts)
-        _wait(lambda: self.num_nodes() >= wanted, f"{wanted} nodes")
 
     def num_nodes(self) -> int:
         """Living nodes, asked as an operator would."""
