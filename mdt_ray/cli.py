@@ -95,9 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
-    job, *rest = arguments
-    if rest and f"{job} {rest[0]}" in JOBS:
-        job = f"{job} {rest.pop(0)}"
+    job, rest = job_of(arguments)
     if job not in JOBS:
         print(f"mdt-ray: unknown job {job!r}{config_io.suggestion(job, JOBS)}", file=sys.stderr)
         return 2
@@ -119,6 +117,12 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         return _fail(job, error, getattr(error, "exit_code", 1))
+
+
+def job_of(words: list[str]) -> tuple[str, list[str]]:
+    """The job that a command line begins with, of one word or two, and what follows. It may be none of JOBS."""
+    two = " ".join(words[:2])
+    return (two, words[2:]) if two in JOBS and len(words) > 1 else (words[0], words[1:])
 
 
 def usage() -> str:
@@ -183,9 +187,7 @@ def submission(config: SubmitConfig, words: list[str]) -> SubmitConfig:
 
     Raises ValueError, or exits, as `parse` does.
     """
-    job, *rest = words
-    if rest and f"{job} {rest[0]}" in JOBS:
-        job = f"{job} {rest.pop(0)}"
+    job, rest = job_of(words)
     if job == "submit" or job.startswith("submit "):
         raise ValueError("a submitted command cannot be `submit`")
     settings = parse(job, rest).settings

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mdt_ray import config_io, presets
-from mdt_ray.cli import JOBS, parse
+from mdt_ray.cli import JOBS, job_of, parse
 from mdt_ray.config import TrainConfig
 from mdt_ray.data import latents
 from tests.conftest import ROOT
@@ -28,9 +28,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command):
-    _, job, *arguments = shlex.split(command)
-    if arguments and f"{job} {arguments[0]}" in JOBS:
-        job = f"{job} {arguments.pop(0)}"
+    job, arguments = job_of(shlex.split(command)[1:])
     assert job in JOBS
     parse(job, arguments)
 

@@ -71,7 +71,7 @@ def test_a_uri_with_a_secret_is_refused_and_shown_without(uri, shown, tmp_path, 
         assert cli.main(words) == 2
         captured = capsys.readouterr()
         assert shown in captured.err
-        assert not {"secret@", "word@", "=S"} & {part for part in ("secret@", "word@", "=S") if part in captured.err}
+        assert not any(part in captured.err for part in ("secret@", "word@", "=S"))
     for call in (storage.resolve, storage.exists, storage.read_bytes):
         with pytest.raises(ValueError, match="holds a secret") as caught:
             call(uri)
