@@ -10,7 +10,7 @@ busy() {
     if [ -n "${FQ_RAY_IP:-}" ]; then  # set by KubeRay, on workers only
         pgrep -af '^ray::' | grep -qvE ' ray::(IDLE|DashboardAgent|RuntimeEnvAgent)'
     else
-        pgrep -f 'pipelines/[a-z]+\.py' > /dev/null
+        pgrep -f '(pipelines/[a-z]+\.py|-m mdt_ray\.cli)' > /dev/null
     fi
 }
 

@@ -537,10 +537,13 @@ def test_slurm_asks_for_a_signal_before_the_end_and_may_come_again():
     ({"FQ_RAY_IP": "head", "RAY_ADDRESS": "head:6379"}, "8 ray::IDLE\n9 ray::RayTrainWorker", True, True),
     ({}, "", False, False),
     ({}, "7 python pipelines/train.py", False, True),
+    ({}, "7 python -m mdt_ray.cli train digits", False, True),
+    ({}, "7 python -m ray.dashboard.agent", False, False),
 ])
 def test_a_pod_waits_for_its_work_to_be_saved(tmp_path, env, processes, told, waits):
     log = tmp_path / "log"
-    for name, body in {"pgrep": f'[ -z "{processes}" ] && exit 1; echo "{processes}"', "ray": f'echo "$*" >> {log}',
+    find = f'while read -r id line; do [[ $line =~ $2 ]] && echo "$id $line"; done <<< "{processes}" | grep .'
+    for name, body in {"pgrep": find, "ray": f'echo "$*" >> {log}',
                        "sleep": f'echo slept >> {log}; exec /bin/sleep 0.2'}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
