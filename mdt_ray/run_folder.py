@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import socket
@@ -17,9 +18,12 @@ from typing import Any, NamedTuple
 import mdt_ray
 from mdt_ray import config_io, storage
 
+logger = logging.getLogger(__name__)
 LOCK = "lock.json"
 LEASE_SECONDS = 30.0
-"""A lock of another host counts as abandoned after this time without renewal."""
+"""A lock of another host counts as abandoned after this time without renewal, which who wants it waits for."""
+LONG_AGO_SECONDS = 600.0
+"""No two clocks differ by as much: a lock last renewed so long ago needs no waiting."""
 
 
 class Claim(NamedTuple):
@@ -129,10 +133,25 @@ def _refuse_living_owner(uri: str, output: str) -> None:
     if held["host"] == socket.gethostname():
         alive = _process_start(held["pid"]) == held["started"]
     else:
-        alive = time.time() - held["renewed"] < LEASE_SECONDS
+        alive = abs(time.time() - held["renewed"]) < LONG_AGO_SECONDS and _is_renewed(uri, held)
     if alive:
         raise ValueError(f"{output} is being written by process {held['pid']} on {held['host']}; wait for it, stop it, "
                          "or use another output folder")
+
+
+def _is_renewed(uri: str, held: dict[str, Any]) -> bool:
+    """Whether the owner of a lock renews it while this process looks on: the clocks of two hosts differ."""
+    logger.info("%s has a lock of a process on %s; waiting up to %.0f s to see whether that lives", storage.parent(uri),
+                held["host"], LEASE_SECONDS)
+    end = time.monotonic() + LEASE_SECONDS
+    while time.monotonic() < end:
+        time.sleep(LEASE_SECONDS / 30)
+        try:
+            if storage.read_json(uri) != held:
+                return True
+        except FileNotFoundError:
+            return False
+    return False
 
 
 def _process_start(pid: int) -> str | None:

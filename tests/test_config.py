@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import socket
+import threading
+import time
 
 import pytest
 
@@ -158,20 +162,38 @@ def test_a_claim_that_was_taken_over_no_longer_holds(tmp_path):
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     run = run_folder.describe("train", TrainConfig(), {})
     lock = storage.join(str(tmp_path), "lock.json")
-    import os
-    import socket
-    import time
-
     # Our own pid, but another start time: a pid that was used again.
     storage.write_json(lock, {"host": socket.gethostname(), "pid": os.getpid(), "started": "0", "renewed": time.time()})
     with run_folder.claim(str(tmp_path), run):
         pass
-    far = {"host": "elsewhere", "pid": 1, "started": "0"}
-    storage.write_json(lock, far | {"renewed": time.time()})
-    with pytest.raises(ValueError, match="on elsewhere"):
-        with run_folder.claim(str(tmp_path), run):
-            pass
-    storage.write_json(lock, far | {"renewed": time.time() - 31})
+
+
+@pytest.mark.parametrize("clock", [-100, 0, 100])  # of the other host, in seconds ahead
+def test_a_lock_of_another_host_is_taken_over_unless_it_is_renewed(tmp_path, monkeypatch, clock):
+    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 0.6)
+    run, lock = run_folder.describe("train", TrainConfig(), {}), storage.join(str(tmp_path), "lock.json")
+    held = {"host": "elsewhere", "pid": 1, "started": "0", "token": "theirs"}
+    storage.write_json(lock, held | {"renewed": time.time() + clock})
+    with run_folder.claim(str(tmp_path), run):
+        pass
+    storage.write_json(lock, held | {"renewed": time.time() + clock})
+    gone = threading.Event()
+
+    def renew() -> None:
+        while not gone.wait(0.05):
+            storage.write_json(lock, held | {"renewed": time.time() + clock})
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(ValueError, match="on elsewhere"):
+            with run_folder.claim(str(tmp_path), run):
+                pass
+    finally:
+        gone.set()
+        thread.join()
+    storage.write_json(lock, held | {"renewed": time.time() - 601})
+    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 1000.0)  # nobody waits
     with run_folder.claim(str(tmp_path), run):
         pass
 
