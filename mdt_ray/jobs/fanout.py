@@ -5,18 +5,25 @@ a small row. An actor that dies is replaced and its item given to another, so a 
 """
 
 import dataclasses
+import functools
 import pickle
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ray
 from ray.data import ActorPoolStrategy
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.util.annotations import RayDeprecationWarning
 
 from mdt_ray.config import WorkersConfig
 from mdt_ray.jobs import session
 
 FAILURE = "failure"
+LOSSES = 4
+"""Times that an item is tried again whose actor's process was lost, also while it loaded. (Ray Data's own number is
+infinite: actors that take more memory than there is would be started again for ever.)"""
 
 
 class _OneItem:
@@ -26,15 +33,22 @@ class _OneItem:
     """
 
     def __init__(self, worker: type, arguments: tuple):
-        self.work = worker(*arguments)
+        self.make, self.work, self.lock = functools.partial(worker, *arguments), None, threading.Lock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
         if FAILURE in batch:
             return batch  # of an earlier stage
         try:
-            return {name: [value] for name, value in self.work(_row(batch)).items()}
+            return {name: [value] for name, value in self._worker()(_row(batch)).items()}
         except Exception as error:
             return {FAILURE: [_packed(root_cause(error))]}
+
+    def _worker(self) -> Any:
+        """Made with the first item: Ray counts no losses of an actor that has none, and would start it again for ever."""
+        with self.lock:
+            if self.work is None:
+                self.work = self.make()
+            return self.work
 
 
 class Stage(NamedTuple):
@@ -63,7 +77,8 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
         items: small dicts, one a chunk.
         stages: each is given what the one before returned.
         calls_per_worker: items that an actor is given at a time, each in a thread of its own.
-    Raises what a worker raised, and ValueError where this machine has no room for the actors.
+    Raises what a worker raised, ValueError where this machine has no room for the actors, and RuntimeError where an item
+    cost LOSSES + 1 processes.
     """
     if not items:
         return
@@ -75,14 +90,21 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
         pool = ActorPoolStrategy(size=workers.num_workers,
                                  max_tasks_in_flight_per_actor=calls_per_worker + 1,
                                  max_concurrent_calls_per_actor=calls_per_worker, enable_true_multi_threading=True)
-        data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments), batch_size=1, compute=pool,
-                                num_cpus=None if workers.gpus_per_worker else workers.cpus_per_worker * reserves,
-                                num_gpus=workers.gpus_per_worker or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.60 has no other way to say max_task_retries
+            data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments), batch_size=1, compute=pool,
+                                    num_cpus=None if workers.gpus_per_worker else workers.cpus_per_worker * reserves,
+                                    num_gpus=workers.gpus_per_worker or None, max_task_retries=LOSSES)
     try:
         for row in data.iter_rows():
             if FAILURE in row:
                 raise pickle.loads(row[FAILURE])  # bytes that our own actor made
             yield row
+    except (RayActorError, OutOfMemoryError) as error:
+        raise RuntimeError(
+            f"the same part of the work cost {LOSSES + 1} worker processes, most often for want of memory "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); give smaller batches, or a machine fewer workers, and "
+            "run the same command again: it goes on with what is missing") from None
     except RayError as error:
         raise root_cause(error) from None
 

@@ -1,7 +1,7 @@
 """One fault in each run of a job, at a random moment, over three hosts and a store: what is left equals that of an
 undisturbed run.
 
-    python -m tests.chaos.chaos [--runs 25] [--jobs precompute train tune evaluate] [--first 0]
+    python -m tests.chaos.chaos [--runs 25] [--jobs precompute train tune evaluate] [--first 0] [--logs runs/chaos]
 
 Faults and moments follow from the number of the run alone. Where the fault ended the job, the same command is given again,
 as a person would. Prints a line a run, and as the last one JSON with the figures.
@@ -63,10 +63,10 @@ class Outcome:
 
 
 class Chaos:
-    """A rig with the undisturbed runs of the jobs on it."""
+    """A rig with the undisturbed runs of the jobs on it. What jobs print goes to a file each in `logs`."""
 
-    def __init__(self, rig: Rig):
-        self.rig = rig
+    def __init__(self, rig: Rig, logs: Path):
+        self.rig, self.logs = rig, logs
         self.seconds: dict[str, float] = {}
 
     def uri(self, path: str) -> str:
@@ -89,7 +89,7 @@ class Chaos:
     def straight(self, job: str) -> None:
         """The undisturbed run, once. Raises AssertionError where even that fails."""
         started = time.monotonic()
-        code, text = self._finish(self.rig.submit(*self.command(job, f"straight/{job}")))
+        code, text = self._finish(job, self.rig.submit(*self.command(job, f"straight/{job}")))
         assert code == 0, text
         self.seconds[job] = time.monotonic() - started
 
@@ -107,10 +107,11 @@ class Chaos:
         held = set(self.rig.store.objects(output))
         heal = self._strike(job, fault, draw)
         recovery = self._until_new(output, held, process, heal)
-        code, text = self._finish(process)
+        code, text = self._finish(f"{job}-{number}", process)
         while code != 0 and commands < ATTEMPTS:
+            print(f"  {time.monotonic() - started:.0f} s: exit code {code}: {_last_line(text)}", flush=True)
             commands += 1
-            code, text = self._finish(self.rig.submit(*self.command(job, output)))
+            code, text = self._finish(f"{job}-{number}", self.rig.submit(*self.command(job, output)))
             recovery = recovery or time.monotonic() - at
         lost = time.monotonic() - started - self.seconds[job]
         wrong = [f"exit code {code}: {text[-500:]}"] if code else self.differences(job, output)
@@ -144,14 +145,18 @@ class Chaos:
             time.sleep(0.5)
         return None
 
-    def _finish(self, process: subprocess.Popen) -> tuple[int, str]:
+    def _finish(self, name: str, process: subprocess.Popen) -> tuple[int, str]:
+        """Its exit code (124 where it took too long) and what it printed."""
+        code = 124
         try:
             text, _ = process.communicate(timeout=RUN_SECONDS)
+            code = process.returncode
         except subprocess.TimeoutExpired:
             process.kill()
             text, _ = process.communicate()
-            return 124, text
-        return process.returncode, text
+        with (self.logs / f"{name}.log").open("a") as log:
+            log.write(text)
+        return code, text
 
     def differences(self, job: str, output: str) -> list[str]:
         """In what the artefacts are not those of the undisturbed run."""
@@ -178,6 +183,10 @@ class Chaos:
         return found + [f"placement group {one} is left" for one in held]
 
 
+def _last_line(text: str) -> str:
+    return next((line[:300] for line in reversed(text.splitlines()) if line.strip()), "")
+
+
 def _after(seconds: float, do: Callable[[], None]) -> Callable[[], None]:
     def wait() -> None:
         time.sleep(seconds)
@@ -202,11 +211,12 @@ def _essence(job: str, objects: dict[str, bytes]) -> dict[str, Any]:
             for result in results}
 
 
-def main(jobs: list[str], runs: int, first: int = 0) -> dict[str, Any]:
+def main(jobs: list[str], runs: int, logs: Path, first: int = 0) -> dict[str, Any]:
     """All runs; returns the figures."""
+    logs.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder, Rig(Path(folder)) as rig:
-        chaos = Chaos(rig)
+        chaos = Chaos(rig, logs)
         for job in ["precompute", "train", *(job for job in jobs if job not in ("precompute", "train"))]:
             chaos.straight(job)  # latents and a checkpoint are what the others begin with
             print(f"{job}: {chaos.seconds[job]:.0f} s undisturbed", flush=True)
@@ -228,7 +238,8 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=25)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", nargs="+", choices=list(WORKERS), default=list(WORKERS))
+    parser.add_argument("--logs", type=Path, default=Path("runs/chaos"), help="folder for what the jobs print")
     given = parser.parse_args()
-    figures = main(given.jobs, given.runs, given.first)
+    figures = main(given.jobs, given.runs, given.logs, given.first)
     print(json.dumps({"name": "chaos", "machine": platform.processor() or platform.machine(), "figures": figures}))
     sys.exit(figures["faults_injected"] != figures["faults_survived"])

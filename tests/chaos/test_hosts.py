@@ -12,8 +12,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory):
-    with Rig(tmp_path_factory.mktemp("rig")) as rig:
-        yield Chaos(rig)
+    folder = tmp_path_factory.mktemp("rig")
+    with Rig(folder) as rig:
+        yield Chaos(rig, folder)
 
 
 @pytest.mark.parametrize("job", ["precompute", "train", "tune", "evaluate"])

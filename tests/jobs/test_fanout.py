@@ -1,6 +1,8 @@
 """Chunks over a pool of actors: results, and errors that arrive as themselves."""
 
 import errno
+import os
+import signal
 
 import pytest
 
@@ -31,6 +33,20 @@ class Worker:
         if item["what"] == "errno":
             raise OSError(errno.EIO, "Input/output error", "/data/x")
         return {"number": item["number"], "text": item["what"] * 2}
+
+
+class Dying:
+    """Loses its process, as one does that takes more memory than there is."""
+
+    def __init__(self, moment: str):
+        self.moment = moment
+        if moment == "loading":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def __call__(self, item: dict) -> dict:
+        if self.moment == "working" and item["number"] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
 
 
 class Adder:
@@ -97,3 +113,13 @@ def test_an_error_of_a_worker_arrives_as_itself(ray_session, what, kind, text):
     items = [{"what": "a", "number": 0}, {"what": what, "number": 1}, {"what": "a", "number": 2}]
     with pytest.raises(kind, match=text):
         list(fanout.run_chunks(items, Worker, (), WorkersConfig()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["loading", "working"])
+def test_work_that_always_loses_its_process_ends(ray_session, moment):
+    from mdt_ray.jobs import fanout
+
+    items = [{"number": i} for i in range(3)]
+    with pytest.raises(RuntimeError, match="part of the work cost 5 worker processes, most often for want of memory"):
+        list(fanout.run_chunks(items, Dying, (moment,), WorkersConfig()))
