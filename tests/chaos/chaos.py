@@ -77,7 +77,7 @@ class Chaos:
         latents, trained = self.uri("straight/precompute"), self.uri("straight/train")
         words = {
             "precompute": ["--chunk-size", "60", "--encode-batch-size", "20", "--workers.num-workers", "2"],
-            "train": ["--latents", latents, "--num-steps", "60", "--checkpoint-every-steps", "10", "--log-every-steps", "5",
+            "train": ["--latents", latents, "--num-steps", "40", "--checkpoint-every-steps", "5", "--log-every-steps", "5",
                       "--precision", "fp32", "--workers.num-workers", "2"],
             "tune": ["--train.latents", latents, "--train.num-steps", "20", "--train.checkpoint-every-steps", "5",
                      "--evaluate.num-samples", "50", "--max-trials", "3"],
@@ -204,7 +204,7 @@ def _essence(job: str, objects: dict[str, bytes]) -> dict[str, Any]:
         return chunks | {"metrics": json.loads(objects["metrics.json"])["metrics"] if "metrics.json" in objects else None}
     if job == "train":
         rows = pq.read_table(pa.BufferReader(objects["metrics.parquet"])).to_pylist() if "metrics.parquet" in objects else []
-        weights = {name: data for name, data in objects.items() if name.endswith(".safetensors") and "step-00000060" in name}
+        weights = {name: data for name, data in objects.items() if name.endswith(".safetensors") and "step-00000040" in name}
         return weights | {"rows": [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in rows]}
     results = [json.loads(data) for name, data in objects.items() if name.endswith("/result.json")]
     return {result["name"]: (result["status"], result.get("metrics"), [row["loss"] for row in result.get("curve", [])])
@@ -217,8 +217,9 @@ def main(jobs: list[str], runs: int, logs: Path, first: int = 0) -> dict[str, An
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder, Rig(Path(folder)) as rig:
         chaos = Chaos(rig, logs)
-        for job in ["precompute", "train", *(job for job in jobs if job not in ("precompute", "train"))]:
-            chaos.straight(job)  # latents and a checkpoint are what the others begin with
+        begin_with = ["precompute", "train"] if "evaluate" in jobs else ["precompute"]
+        for job in dict.fromkeys([*begin_with, *jobs]):
+            chaos.straight(job)
             print(f"{job}: {chaos.seconds[job]:.0f} s undisturbed", flush=True)
         for number in range(first, first + runs):
             for job in jobs:

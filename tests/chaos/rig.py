@@ -184,11 +184,11 @@ class Rig:
                                 stderr=subprocess.STDOUT)
 
     def find(self, part: str) -> psutil.Process | None:
-        """A process of any host whose command line holds `part`."""
+        """A process of any host whose command line holds `part`, a shell that waits for it aside."""
         for host in self.hosts:
             for process in host.processes():
                 with contextlib.suppress(psutil.Error):
-                    if part in " ".join(process.cmdline()):
+                    if part in " ".join(process.cmdline()) and process.name() != "sh":
                         return process
         return None
 
