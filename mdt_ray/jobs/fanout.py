@@ -77,8 +77,8 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
         items: small dicts, one a chunk.
         stages: each is given what the one before returned.
         calls_per_worker: items that an actor is given at a time, each in a thread of its own.
-    Raises what a worker raised, ValueError where this machine has no room for the actors, and RuntimeError where an item
-    cost LOSSES + 1 processes.
+    Raises what a worker raised, ValueError where this machine has no room for the actors, and RuntimeError where actors
+    cannot start, or an item cost LOSSES + 1 of them.
     """
     if not items:
         return
@@ -101,12 +101,20 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
                 raise pickle.loads(row[FAILURE])  # bytes that our own actor made
             yield row
     except (RayActorError, OutOfMemoryError) as error:
-        raise RuntimeError(
-            f"the same part of the work cost {LOSSES + 1} worker processes, most often for want of memory "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); give smaller batches, or a machine fewer workers, and "
-            "run the same command again: it goes on with what is missing") from None
+        raise _lost(error) from None
     except RayError as error:
         raise root_cause(error) from None
+
+
+def _lost(error: RayError) -> RuntimeError:
+    """What a run that ended for want of actors says."""
+    lines = str(error).strip().splitlines()
+    if getattr(error, "actor_init_failed", False):
+        return RuntimeError(f"a worker could not start: {lines[-1]}; mend that on its node, and run the same command "
+                            "again")
+    return RuntimeError(f"the same part of the work cost {LOSSES + 1} worker processes, most often for want of memory "
+                        f"({type(error).__name__}: {lines[0]}); give smaller batches, or a machine fewer workers, and run "
+                        "the same command again: it goes on with what is missing")
 
 
 def _packed(error: BaseException) -> bytes:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,8 @@ RUN_SECONDS = 400.0
 """For a command to end, or what it started to be gone."""
 ATTEMPTS = 3
 """Commands, the first one included, until a job must be done."""
+NUM_STEPS = 40
+"""Of a training."""
 WORKERS = {"precompute": "MapWorker", "train": "RayTrainWorker", "tune": "ImplicitFunc", "evaluate": "MapWorker"}
 """Title of the processes that do a job's work."""
 FAULTS = ("driver", "worker", "node", "store", "network")
@@ -77,8 +80,8 @@ class Chaos:
         latents, trained = self.uri("straight/precompute"), self.uri("straight/train")
         words = {
             "precompute": ["--chunk-size", "60", "--encode-batch-size", "20", "--workers.num-workers", "2"],
-            "train": ["--latents", latents, "--num-steps", "40", "--checkpoint-every-steps", "5", "--log-every-steps", "5",
-                      "--precision", "fp32", "--workers.num-workers", "2"],
+            "train": ["--latents", latents, "--num-steps", str(NUM_STEPS), "--checkpoint-every-steps", "5",
+                      "--log-every-steps", "5", "--precision", "fp32", "--workers.num-workers", "2"],
             "tune": ["--train.latents", latents, "--train.num-steps", "20", "--train.checkpoint-every-steps", "5",
                      "--evaluate.num-samples", "50", "--max-trials", "3"],
             "evaluate": ["--checkpoint", trained, "--num-samples", "300", "--chunk-size", "20", "--workers.num-workers",
@@ -160,7 +163,7 @@ class Chaos:
 
     def differences(self, job: str, output: str) -> list[str]:
         """In what the artefacts are not those of the undisturbed run."""
-        ours, theirs = (_essence(job, self.rig.store.objects(path)) for path in (output, f"straight/{job}"))
+        ours, theirs = (essence(job, self.rig.store.objects(path), NUM_STEPS) for path in (output, f"straight/{job}"))
         return [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
 
     def _left_over(self, job: str, output: str) -> list[str]:
@@ -195,7 +198,7 @@ def _after(seconds: float, do: Callable[[], None]) -> Callable[[], None]:
     return wait
 
 
-def _essence(job: str, objects: dict[str, bytes]) -> dict[str, Any]:
+def essence(job: str, objects: dict[str, bytes], num_steps: int) -> dict[str, Any]:
     """What must be the same: latents and features byte for byte, metrics and losses bit for bit, trials by name."""
     if job == "precompute":
         return {name: data for name, data in objects.items() if name.endswith(".parquet") and "chunk-" in name}
@@ -204,7 +207,8 @@ def _essence(job: str, objects: dict[str, bytes]) -> dict[str, Any]:
         return chunks | {"metrics": json.loads(objects["metrics.json"])["metrics"] if "metrics.json" in objects else None}
     if job == "train":
         rows = pq.read_table(pa.BufferReader(objects["metrics.parquet"])).to_pylist() if "metrics.parquet" in objects else []
-        weights = {name: data for name, data in objects.items() if name.endswith(".safetensors") and "step-00000040" in name}
+        last = f"checkpoints/step-{num_steps:08d}"
+        weights = {name: data for name, data in objects.items() if name.startswith(last) and name.endswith(".safetensors")}
         return weights | {"rows": [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in rows]}
     results = [json.loads(data) for name, data in objects.items() if name.endswith("/result.json")]
     return {result["name"]: (result["status"], result.get("metrics"), [row["loss"] for row in result.get("curve", [])])
@@ -235,6 +239,7 @@ def main(jobs: list[str], runs: int, logs: Path, first: int = 0) -> dict[str, An
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the rig is taken down
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=25)
     parser.add_argument("--first", type=int, default=0)

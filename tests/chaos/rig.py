@@ -160,6 +160,10 @@ class Rig:
                         f"--dashboard-port={self.dashboard}", f"--temp-dir={self.sessions}"]
         else:
             command += [f"--address={self.hosts[0].address}:{self.port}"]
+        if self.is_network:  # its /tmp is its own, as far as Ray goes: nodes tidy up what they think is theirs
+            disk = self.folder / f"{host.name}-disk"
+            disk.mkdir(exist_ok=True)
+            command = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(disk), self.sessions, *command]
         self._spawn(host, command)
         if host is self.hosts[0]:
             _wait(lambda: _answers(host.address, self.dashboard), "the dashboard")

@@ -123,3 +123,15 @@ def test_work_that_always_loses_its_process_ends(ray_session, moment):
     items = [{"number": i} for i in range(3)]
     with pytest.raises(RuntimeError, match="part of the work cost 5 worker processes, most often for want of memory"):
         list(fanout.run_chunks(items, Dying, (moment,), WorkersConfig()))
+
+
+def test_workers_that_cannot_start_say_why(ray_session, tmp_path, monkeypatch):
+    """As where a node lacks a package."""
+    from mdt_ray.jobs import fanout
+
+    (tmp_path / "only_here.py").write_text("class Absent:\n    def __call__(self, item):\n        return item\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from only_here import Absent
+
+    with pytest.raises(RuntimeError, match=r"^a worker could not start: ModuleNotFoundError: No module named 'only_here'; "):
+        list(fanout.run_chunks([{"number": 0}], Absent, (), WorkersConfig()))

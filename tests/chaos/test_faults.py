@@ -1,0 +1,288 @@
+"""Faults that are no kill: a full disk, want of memory, a full object store, two drivers at once, damaged files, a slow
+store.
+
+After each the same command ends with the artefacts of an undisturbed run, or with one error that says what to do.
+"""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mdt_ray import checkpoints
+from tests import clusters, harness, s3
+from tests.chaos.chaos import essence
+from tests.jobs.test_kills import TRAIN
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def environment(ray_session):
+    from mdt_ray.jobs import session
+
+    return session.environment()
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, ray_session) -> Path:
+    """The undisturbed runs, a folder a job."""
+    folder = tmp_path_factory.mktemp("straight")
+    for job in ("precompute", "train", "evaluate"):
+        harness.run_here(command(job, folder / job, folder))
+    return folder
+
+
+def command(job: str, output: Path | str, straight: Path) -> list[str]:
+    """A short run of a job on the digits."""
+    words = {
+        "precompute": ["--chunk-size", "100"],
+        "train": ["--latents", f"{straight}/precompute", *TRAIN, "--num-steps", "30", "--checkpoint-every-steps", "10",
+                  "--workers.num-workers", "2"],
+        "evaluate": ["--checkpoint", f"{straight}/train", "--num-samples", "120", "--chunk-size", "20"],
+    }[job]
+    return [job, "digits", "--output", str(output), *words, *([] if job == "train" else ["--workers.num-workers", "1"])]
+
+
+def tried(arguments: list[str], environment: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess:
+    """`mdt-ray <arguments>` to its end, whatever that is."""
+    return subprocess.run([sys.executable, "-m", "mdt_ray.cli", *arguments], env=environment, capture_output=True, text=True,
+                          timeout=timeout)
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
+    return done.stderr.strip().splitlines()[-1]
+
+
+def same(job: str, folder: Path, straight: Path) -> list[str]:
+    """Names of what differs from the undisturbed run, or should not be there."""
+    ours, theirs = (essence(job, harness.files(path, "**/*"), 30) for path in (folder, straight / job))
+    assert theirs
+    return [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)] + harness.leftovers(folder)
+
+
+# A full disk
+
+
+@contextlib.contextmanager
+def disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of its own at `folder`, which is as full as one gets."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize(("job", "size"), [("precompute", "256k"), ("train", "1200k"), ("evaluate", "300k")])
+def test_on_a_full_disk_a_job_says_so_and_goes_on_when_there_is_room(straight, tmp_path, environment, job, size):
+    folder = tmp_path / "disk"
+    with disk(folder, size):
+        done = tried(command(job, folder / "out", straight), environment)
+        assert done.returncode == 1, done.stderr[-2000:]
+        assert "No space left on device" in last_line(done)
+        assert "make room" in last_line(done)
+        assert str(folder / "out") in last_line(done)
+        assert harness.leftovers(folder) == []
+        finished = harness.files(folder / "out", "chunk*/**/*")
+        subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+        done = tried(command(job, folder / "out", straight), environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert same(job, folder / "out", straight) == []
+        assert harness.files(folder / "out", "chunk*/**/*").items() >= finished.items()
+
+
+# Want of memory
+
+
+BALLOON = """
+import sys, time
+held = bytearray(int(sys.argv[1]))
+held[::4096] = bytes([1]) * len(held[::4096])
+time.sleep(600)
+"""
+
+
+def used() -> float:
+    """Share of this machine's memory in use, about as Ray's monitor counts it."""
+    memory = psutil.virtual_memory()
+    return 1 - memory.available / memory.total
+
+
+@pytest.mark.parametrize("job", ["precompute", "train", "evaluate"])
+def test_workers_that_ray_kills_for_want_of_memory_are_started_again(straight, tmp_path, job):
+    """A stranger takes the machine's memory for a while, and Ray's memory monitor kills what it finds."""
+    total = psutil.virtual_memory().total
+    threshold = used() + 4 * 2**30 / total
+    if threshold > 0.9:
+        pytest.skip("too little memory free for somebody to take it")
+    output = tmp_path / "out"
+    with clusters.head(tmp_path, num_cpus=4, RAY_memory_usage_threshold=f"{threshold:.3f}",
+                       RAY_memory_monitor_refresh_ms="100") as head:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mdt_ray.cli", "submit", "--address", head.address, *command(job, output, straight)],
+            env=head.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        title = {"train": "ray::RayTrainWorker"}.get(job, "ray::MapWorker")
+        wait_until(lambda: processes(title, head) and any(output.glob("run.json")), process)
+        before = {p.pid for p in processes(title, head)}
+        missing = int((threshold + 0.02 - used()) * total)
+        balloon = subprocess.Popen([sys.executable, "-c", BALLOON, str(missing)])
+        try:
+            wait_until(lambda: before - {p.pid for p in processes(title, head)}, process)
+        finally:
+            balloon.kill()
+            balloon.wait()
+        text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text
+    assert same(job, output, straight) == []
+
+
+def processes(title: str, head: clusters.Head) -> list[psutil.Process]:
+    """Those of a head's workers."""
+    token, found = "RAY_AUTH_TOKEN_PATH", []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if " ".join(process.cmdline()).startswith(title) and process.environ()[token] == head.environment[token]:
+                found.append(process)
+    return found
+
+
+def wait_until(moment, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not moment():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "the moment did not come"
+        time.sleep(0.05)
+
+
+# An object store that is full
+
+
+HOG = """
+import ray, sys, time, pathlib, numpy
+ray.init()
+held = [ray.put(numpy.full(20 * 2**20, k, numpy.uint8)) for k in range(20)]
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(600)
+"""
+
+
+def test_jobs_run_while_the_object_store_is_full_and_spills(straight, tmp_path):
+    """400 MB of a stranger's objects in a store of 200 MB."""
+    hog = tmp_path / "hog.py"
+    hog.write_text(HOG)
+    with clusters.head(tmp_path, num_cpus=4) as head:
+        def submit(*words: str) -> subprocess.CompletedProcess:
+            return subprocess.run([sys.executable, "-m", "mdt_ray.cli", "submit", "--address", head.address, *words],
+                                  env=head.environment, capture_output=True, text=True, timeout=300)
+
+        from ray.job_submission import JobSubmissionClient
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in head.environment.items():
+                patch.setenv(name, value)
+            client = JobSubmissionClient(head.address)
+            name = client.submit_job(entrypoint=f"{sys.executable} {hog} {tmp_path / 'full'}")
+            end = time.monotonic() + 120
+            while not (tmp_path / "full").exists():
+                assert time.monotonic() < end, client.get_job_logs(name)
+                time.sleep(0.2)
+            for job in ("precompute", "train", "evaluate"):
+                done = submit(*command(job, tmp_path / job, straight))
+                assert done.returncode == 0, done.stderr[-2000:]
+                assert same(job, tmp_path / job, straight) == []
+            assert client.get_job_status(name) == "RUNNING"
+
+
+# Two drivers
+
+
+@pytest.mark.parametrize("job", ["precompute", "train", "evaluate"])
+@pytest.mark.parametrize("place", ["disk", "store"])
+def test_of_two_drivers_on_one_folder_one_writes(straight, tmp_path, environment, job, place):
+    with s3.serve() if place == "store" else contextlib.nullcontext() as store:
+        output = store.uri("out") if store else str(tmp_path / "out")
+        drivers = [subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", *command(job, output, straight)], env=environment,
+                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+        texts = [driver.communicate(timeout=240)[0] for driver in drivers]
+        codes = sorted(driver.returncode for driver in drivers)
+        assert codes in ([0, 1], [0, 0]), texts  # the second may have come when all was done
+        if codes == [0, 1]:
+            [text] = [text for text, driver in zip(texts, drivers, strict=True) if driver.returncode]
+            assert "is being written by process" in text or "another run has taken over" in text
+        if store:
+            for name, data in store.objects("out").items():
+                (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / "out" / name).write_bytes(data)
+    assert same(job, tmp_path / "out", straight) == []
+
+
+# Damaged files
+
+
+@pytest.mark.parametrize(("name", "data"), [
+    ("manifest.json", b"{"), ("manifest.json", b""), ("manifest.json", b"[]"), ("manifest.json", b'{"schema_version": 2}'),
+    ("manifest.json", b'{"schema_version": 2, "files": [{}]}'), ("chunk-00003.parquet", b""),
+    ("chunk-00003.parquet", None)])
+def test_damaged_latents_are_named_and_precompute_mends_them(straight, tmp_path, environment, name, data):
+    folder = tmp_path / "latents"
+    shutil.copytree(straight / "precompute", folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:200] + b"x" + whole[201:] if data is None else data)
+    arguments = ["train", "digits", "--latents", str(folder), "--output", str(tmp_path / "out"), *TRAIN, "--num-steps", "2"]
+    done = tried(arguments, environment)
+    if data is not None:  # bytes in the middle that changed show when they are read, if at all
+        assert done.returncode == 1
+        assert name in last_line(done)
+        assert "mdt-ray precompute" in last_line(done)
+    mended = tried(command("precompute", folder, straight), environment)
+    if mended.returncode:
+        assert name in last_line(mended)
+        assert "delete it" in last_line(mended)
+        (folder / name).unlink()
+        mended = tried(command("precompute", folder, straight), environment)
+    assert mended.returncode == 0, mended.stderr
+    if data is None:
+        verified = tried(["latents", "verify", str(folder)], environment)
+        assert verified.returncode == 1
+        assert name in verified.stdout + verified.stderr
+        assert tried(command("precompute", folder, straight), environment).returncode == 0
+    assert same("precompute", folder, straight) == []
+    assert tried(arguments, environment).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.pt", "model/diffusion_pytorch_model.safetensors",
+                                  "checksums.json"])
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(straight, tmp_path, environment, name):
+    output = tmp_path / "out"
+    shutil.copytree(straight / "train", output)
+    newest = Path(checkpoints.latest(str(output)))
+    data = (newest / name).read_bytes()
+    (newest / name).write_bytes(data[: len(data) // 2])
+    done = tried(command("train", output, straight), environment)
+    assert done.returncode == 0, done.stderr
+    assert str(newest) in done.stderr
+    assert same("train", output, straight) == []
+
+
+# Slow storage
+
+
+@pytest.mark.parametrize("job", ["precompute", "train", "evaluate"])
+def test_a_slow_store_changes_nothing(straight, tmp_path, environment, job):
+    """A fifth of a second for each packet of at most 64 kB there and back."""
+    with s3.serve() as store, s3.slowed(store, 0.1) as slow:
+        done = tried(command(job, slow.uri("out"), straight), environment, timeout=400)
+        assert done.returncode == 0, done.stderr[-2000:]
+        for name, data in store.objects("out").items():
+            (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "out" / name).write_bytes(data)
+    assert same(job, tmp_path / "out", straight) == []
