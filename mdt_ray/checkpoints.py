@@ -1,7 +1,9 @@
 """Which checkpoints a folder holds and whether they are whole. Not what is in them: that is training/state.py."""
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -30,11 +32,14 @@ def kept(steps: list[int], keep_last: int, keep_every_steps: int) -> list[int]:
     return [step for step in steps if step in steps[-keep_last:] or (keep_every_steps and step % keep_every_steps == 0)]
 
 
-def publish(folder: Path, uri: str) -> None:
-    """Move a finished local folder to `uri`, with the checksums of its files, which arrive last and mark it as whole."""
-    sums = {str(f.relative_to(folder)): storage.sha256(f.read_bytes()) for f in sorted(folder.rglob("*")) if f.is_file()}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
-    storage.publish_folder(folder, uri, last=CHECKSUMS)
+@contextlib.contextmanager
+def create(uri: str) -> Iterator[Path]:
+    """A local folder to write a checkpoint's files in; as storage.create_folder, with the checksums of the files, which
+    arrive last and mark it as whole."""
+    with storage.create_folder(uri, last=CHECKSUMS) as folder:
+        yield folder
+        sums = {str(f.relative_to(folder)): storage.sha256(f.read_bytes()) for f in sorted(folder.rglob("*")) if f.is_file()}
+        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1))
 
 
 def list_finished(output: str, kind: str = CHECKPOINTS) -> list[str]:

@@ -4,6 +4,7 @@ A local file is written under a temporary name and renamed; an object store make
 complete. Not a cache and not a copy tool.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,12 @@ from mdt_ray import config_io
 
 UPLOAD_BYTES = 16 * 2**20
 """Of a local file that are in memory at once while it goes to an object store."""
+FULL_BYTES = 2**20
+"""A disk with less room than this was full when a write failed."""
+
+
+class NoRoom(OSError):
+    """A disk, or what a user may take of one, is full: trying again on another node does not help."""
 
 
 def absolute(uri: str) -> str:
@@ -125,9 +132,7 @@ def create_file(uri: str) -> Iterator[Path]:
             if is_there:
                 os.replace(temporary, path)
             else:
-                with temporary.open("rb") as file:
-                    parts = iter(lambda: file.read(UPLOAD_BYTES), b"")
-                    _write_object(fs, path, parts, temporary.stat().st_size)
+                _upload(fs, temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -137,8 +142,14 @@ def _naming(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{uri}: could not be written ({error.strerror or error}); make room or mend the access, and run the "
-                      "same command again") from error
+        kind = NoRoom if error.errno in (errno.ENOSPC, errno.EDQUOT) else OSError
+        raise kind(f"{uri}: could not be written ({error.strerror or error}); make room or mend the access, and run the "
+                   "same command again") from error
+
+
+def _upload(fs: pafs.FileSystem, file: Path, path: str) -> None:
+    with file.open("rb") as stream:
+        _write_object(fs, path, iter(lambda: stream.read(UPLOAD_BYTES), b""), file.stat().st_size)
 
 
 def _write_object(fs: pafs.FileSystem, path: str, parts: Iterable[bytes], size: int) -> None:
@@ -215,22 +226,32 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def publish_folder(local: str | Path, uri: str, *, last: str) -> None:
-    """Move a finished local folder to `uri`. The file `last` arrives after all others and marks the folder as whole."""
+@contextmanager
+def create_folder(uri: str, *, last: str) -> Iterator[Path]:
+    """A local folder to write files in, piece by piece; it becomes the folder at `uri`, in place of one that is there, where
+    the block ends without an error, and else is deleted. The file `last` arrives after all others and marks it as whole.
+    Raises OSError as `write_bytes`."""
     fs, path = resolve(uri)
-    if isinstance(fs, pafs.LocalFileSystem):
-        temporary = _temporary(path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            shutil.move(local, temporary)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return
-    files = sorted((f for f in Path(local).rglob("*") if f.is_file()), key=lambda f: (f.name == last, str(f)))
-    for file in files:
-        write_bytes(join(uri, *file.relative_to(local).parts), file.read_bytes())
+    is_there, path = isinstance(fs, pafs.LocalFileSystem), path.rstrip("/")
+    temporary = Path(_temporary(path if is_there else os.path.join(tempfile.gettempdir(), Path(path).name)))
+    try:
+        with _naming(uri):
+            temporary.mkdir(parents=True)
+            try:
+                yield temporary
+            except Exception as error:  # what writes weights has errors of its own for a full disk
+                if isinstance(error, OSError) or shutil.disk_usage(temporary).free > FULL_BYTES:
+                    raise
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} at {temporary.parent}") from error
+            if is_there:
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(temporary, path)
+            else:
+                files = (f for f in temporary.rglob("*") if f.is_file())
+                for file in sorted(files, key=lambda f: (f.name == last, str(f))):
+                    _upload(fs, file, f"{path}/{file.relative_to(temporary).as_posix()}")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def fetch_folder(uri: str, local: str | Path) -> Path:

@@ -1,5 +1,9 @@
 """Files at URIs: whole or not at all."""
 
+import collections
+import errno
+import os
+
 import pytest
 
 from mdt_ray import storage
@@ -80,16 +84,50 @@ def test_a_file_goes_to_a_store_in_parts(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [], "no temporary file is left"
 
 
-def test_folders_are_published_whole(tmp_path):
-    made = tmp_path / "made"
-    (made / "sub").mkdir(parents=True)
-    (made / "sub" / "x").write_text("x")
-    (made / "done").write_text("")
-    storage.publish_folder(made, str(tmp_path / "out" / "final"), last="done")
-    assert not made.exists()
-    assert (tmp_path / "out" / "final" / "sub" / "x").read_text() == "x"
-    assert storage.list_names(str(tmp_path / "out")) == ["final"]
-    assert storage.fetch_folder(str(tmp_path / "out" / "final"), "unused") == tmp_path / "out" / "final"
+def _fill(uri: str, error: Exception | None = None) -> None:
+    with storage.create_folder(uri, last="done") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "x").write_text("x")
+        (folder / "done").write_text("")
+        if error:
+            raise error
+
+
+def test_folders_are_created_whole(tmp_path):
+    final = tmp_path / "out" / "final"
+    with pytest.raises(RuntimeError, match="bad"):
+        _fill(str(final), RuntimeError("bad"))
+    assert storage.list_names(str(tmp_path / "out")) == []
+    for place in (str(final), f"{final}/"):
+        _fill(place)
+        assert (final / "sub" / "x").read_text() == "x"
+        (final / "old").write_text("")  # not of the folder that comes in its place
+        assert storage.list_names(str(tmp_path / "out")) == ["final"]
+    assert storage.fetch_folder(str(final), "unused") == final
+
+
+def test_folders_in_a_store_are_created_whole(monkeypatch):
+    for name, value in s3.KEYS.items():
+        monkeypatch.setenv(name, value)
+    with s3.serve() as store:
+        with pytest.raises(OSError, match=r"folder\?.*: could not be written"):
+            _fill(store.uri("folder"), OSError("bad"))
+        assert store.objects("folder") == {}
+        _fill(store.uri("folder"))
+        assert store.objects("folder") == {"sub/x": b"x", "done": b""}
+        times = store.times("folder")
+        assert times["done"] >= times["sub/x"]
+
+
+@pytest.mark.parametrize(("error", "text"), [
+    (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded"),
+    (RuntimeError("unexpected pos 64 vs 0"), "No space left on device at ")])
+def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch, error, text):
+    """What writes weights does not say so itself."""
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: collections.namedtuple("Usage", "free")(4096))
+    with pytest.raises(storage.NoRoom, match=text):
+        _fill(str(tmp_path / "final"), error)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_uris_join_before_their_query():

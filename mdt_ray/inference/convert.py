@@ -121,15 +121,13 @@ def is_published(output: str, run: dict[str, Any]) -> bool:
 def publish(model: MDT | DiT, output: str, run: dict[str, Any], facts: dict[str, Any],
             spare: official.StateDict | None = None) -> None:
     """A checkpoint for inference, whole: the model as ema/, state.json (`facts`), run.json, the card, spare tensors."""
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "checkpoint"
+    with checkpoints.create(output) as folder:
         model.save_pretrained(folder / "ema")
         (folder / "state.json").write_text(json.dumps(facts, indent=1))
         (folder / "run.json").write_text(json.dumps(run, indent=1))
         if spare:
             save_file(spare, folder / SPARE)
         (folder / "README.md").write_text(model_card(str(folder)))
-        checkpoints.publish(folder, output)
 
 
 def export_weights(source: str, layout: official.Layout, output: str, weights: str = "ema") -> None:
@@ -150,9 +148,8 @@ def export_weights(source: str, layout: official.Layout, output: str, weights: s
         return storage.write_bytes(output, buffer.getvalue())
     transformer = _diffusers_dit()(**official.diffusers_config(model))
     transformer.load_state_dict(state_dict, strict=True)
-    with tempfile.TemporaryDirectory() as parent:
-        transformer.save_pretrained(Path(parent) / "transformer")
-        storage.publish_folder(Path(parent) / "transformer", output, last="config.json")
+    with storage.create_folder(output, last="config.json") as folder:
+        transformer.save_pretrained(folder)
     return None
 
 

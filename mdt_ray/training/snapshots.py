@@ -10,7 +10,6 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +39,10 @@ def save_snapshot(state: TrainState, output: str, config: EmaConfig, facts: dict
     values = {"step": state.step, "power_stds": names, **facts}
 
     def write() -> None:
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / "snapshot"
+        with checkpoints.create(uri) as folder:
             for name, module in modules.items():
                 module.save_pretrained(folder / name)
             (folder / "state.json").write_text(json.dumps(values, indent=1))
-            checkpoints.publish(folder, uri)
 
     return write
 

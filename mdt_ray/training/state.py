@@ -13,7 +13,6 @@ import json
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -62,15 +61,13 @@ def snapshot(state: TrainState, output: str, run: dict, facts: dict) -> Callable
     history = list(state.history)
 
     def write() -> str:
-        with tempfile.TemporaryDirectory() as parent:
-            folder = Path(parent) / "checkpoint"
+        with checkpoints.create(uri) as folder:
             for name, module in modules.items():
                 module.save_pretrained(folder / name)
             torch.save(optimizer, folder / "optimizer.pt")
             (folder / "state.json").write_text(json.dumps(values, indent=1))
             (folder / "run.json").write_text(json.dumps(run, indent=1))
             checkpoints.write_metrics(str(folder / "metrics.parquet"), history)
-            checkpoints.publish(folder, uri)
         return uri
 
     return write

@@ -241,14 +241,14 @@ def test_a_wish_to_stop_ends_in_a_checkpoint_and_goes_on_bit_for_bit(folder, tmp
 
 def test_training_goes_on_while_a_checkpoint_is_written(folder, tmp_path, monkeypatch):
     """The write of step 10 waits for the row of step 15, which could not come if the loop waited for the write."""
-    fifteen, publish = threading.Event(), checkpoints.publish
+    fifteen, create = threading.Event(), checkpoints.create
 
-    def slow(local, uri):
+    def slow(uri):
         if uri.endswith("10"):
             assert fifteen.wait(60)
-        publish(local, uri)
+        return create(uri)
 
-    monkeypatch.setattr(checkpoints, "publish", slow)
+    monkeypatch.setattr(checkpoints, "create", slow)
     straight = run(tiny_training(folder, tmp_path / "a"), report=lambda row: row["step"] == 15 and fifteen.set())
     monkeypatch.undo()
     run(tiny_training(folder, tmp_path / "b", num_steps=10))
@@ -259,10 +259,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(folder, tmp_path, monkey
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(folder, tmp_path, monkeypatch):
-    def full(local, uri):
+    def full(uri):
         raise OSError(28, "No space left on device", uri)
 
-    monkeypatch.setattr(checkpoints, "publish", full)
+    monkeypatch.setattr(checkpoints, "create", full)
     monkeypatch.setattr(writing, "RETRY_SECONDS", ())
     monkeypatch.setattr(loop, "STOP_CHECK_SECONDS", 0.0)
     seen = []
@@ -272,14 +272,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(folder, tmp_path, monk
 
 
 def test_a_checkpoint_is_written_when_the_store_answers_again(folder, tmp_path, monkeypatch):
-    failures, publish = [OSError("503"), OSError("503")], checkpoints.publish
+    failures, create = [OSError("503"), OSError("503")], checkpoints.create
 
-    def flaky(local, uri):
+    def flaky(uri):
         if uri.endswith("10") and failures:
             raise failures.pop()
-        publish(local, uri)
+        return create(uri)
 
-    monkeypatch.setattr(checkpoints, "publish", flaky)
+    monkeypatch.setattr(checkpoints, "create", flaky)
     monkeypatch.setattr(writing, "RETRY_SECONDS", (0.01, 0.01))
     run(tiny_training(folder, tmp_path))
     assert not failures

@@ -1,0 +1,112 @@
+"""The tables of docs/scale.md: what limits the four jobs on 8, 64 and 512 GPUs, by arithmetic. Nothing here is measured.
+
+    python benchmarks/scale_model.py
+
+Operations and bytes are counted from the models; what a GPU, a network and a store give is assumed, in capitals below.
+"""
+
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdt_ray import config_io, presets
+from mdt_ray.config import PlanConfig
+from mdt_ray.data import latents
+from mdt_ray.jobs import plan_train
+from mdt_ray.training import cost
+
+GPUS = (8, 64, 512)
+GPU_FLOPS = 0.35 * 989e12
+"""Of an H100 in bf16, and the share that training reaches (as `mdt-ray plan` assumes)."""
+VAE_SHARE = 0.7
+"""Of that, what convolutions of an autoencoder reach."""
+NVLINK, FABRIC, ETHERNET = 300e9, 300e9, 12.5e9
+"""Bytes/s of an all-reduce (bus bandwidth): in a node, over eight cards of 400 Gb/s a node, over one of 100 Gb/s a node."""
+GPUS_PER_NODE = 8
+BACKWARD = 2 / 3
+"""Share of a step in which gradients come, and may travel."""
+JPEG_BYTES, JPEG_PER_CORE = 110e3, 500
+"""Of a mean picture of ImageNet; pictures/s that a core decodes and scales (benchmarks/RESULTS.md)."""
+IMAGES, SAMPLES = 1_281_167, 50_000
+START_SECONDS = 60
+"""Until all processes run: imports, weights, compilation."""
+KEPT_BUSY = 8
+"""Chunks a GPU at least, so that the last ones keep no more than about an eighth waiting."""
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """As Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    if value >= 1000:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:.3g}"
+
+
+def counted(name: str) -> cost.Cost:
+    """Of a preset's training in bf16 on GPUs, with latents of 256-pixel images."""
+    config = plan_train.with_model(config_io.from_dict(PlanConfig, config_io.to_dict(presets.preset(name).train)))[0]
+    return cost.count(config, torch.bfloat16, on_gpu=True)
+
+
+def train(name: str, images_per_gpu: tuple[int, ...]) -> str:
+    """Rate, reading and gradients of a preset by images a GPU and step."""
+    found = counted(name)
+    row_bytes = latents.row_bytes((4, 32, 32), flip=True)
+    rows = []
+    for count in images_per_gpu:
+        step = count * found.training_flops / GPU_FLOPS
+        for gpus in GPUS:
+            travel = 2 * (gpus - 1) / gpus * found.gradient_bytes
+            shares = [step / (step + max(travel / bus - BACKWARD * step, 0))
+                      for bus in ((NVLINK,) if gpus <= GPUS_PER_NODE else (FABRIC, ETHERNET))]
+            rate = gpus * count / step * shares[0]
+            rows.append([str(gpus), str(count), number(gpus * count), number(1000 * step), number(rate),
+                         number(rate * row_bytes / 1e6), " / ".join(f"{share:.0%}" for share in shares)])
+    return table(["GPUs", "images a GPU", "batch", "step, ms", "images/s", "read, MB/s", "of it left by the network"], rows)
+
+
+def precompute() -> str:
+    """Pictures of 256 pixels through Stable Diffusion's encoder."""
+    rate = VAE_SHARE * GPU_FLOPS / vae_flops()["encode"]
+    row_bytes = latents.row_bytes((4, 32, 32), flip=False)
+    rows = [[str(gpus), number(gpus * rate), number(gpus * rate / JPEG_PER_CORE), number(gpus * rate * JPEG_BYTES / 1e9),
+             number(gpus * rate * row_bytes / 1e6), number(IMAGES / (gpus * rate)), number(IMAGES / (gpus * KEPT_BUSY))]
+            for gpus in GPUS]
+    return table(["GPUs", "images/s", "cores that decode", "read, GB/s", "written, MB/s", "ImageNet in s", "--chunk-size"],
+                 rows)
+
+
+def evaluate(name: str) -> str:
+    """50,000 images, 250 guided steps."""
+    found = counted(name)
+    seconds = 2 * 250 * found.inference_flops / GPU_FLOPS + vae_flops()["decode"] / (VAE_SHARE * GPU_FLOPS)
+    rows = []
+    for gpus in GPUS:
+        work = SAMPLES * seconds / gpus
+        chunk = SAMPLES // (gpus * KEPT_BUSY)
+        rows.append([str(gpus), number(gpus / seconds), number(work / 60), f"{work / (work + START_SECONDS):.0%}",
+                     str(chunk)])
+    return table(["GPUs", "images/s", "minutes of drawing", "of all time, with the start", "--chunk-size"], rows)
+
+
+def vae_flops() -> dict[str, int]:
+    """Of an image of 256 pixels, by direction."""
+    with torch.device("meta"), torch.no_grad():
+        vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                            block_out_channels=[128, 256, 512, 512], layers_per_block=2)
+        found = {}
+        for name, call, shape in (("encode", vae.encode, (1, 3, 256, 256)), ("decode", vae.decode, (1, 4, 32, 32))):
+            with FlopCounterMode(display=False) as counter:
+                call(torch.empty(shape))
+            found[name] = counter.get_total_flops()
+    return found
+
+
+if __name__ == "__main__":
+    for title, text in (("precompute", precompute()), ("train XL/2", train("imagenet256-xl-2", (4, 16, 64))),
+                        ("train S/2", train("imagenet256-s-2", (16, 128))), ("evaluate XL/2", evaluate("imagenet256-xl-2"))):
+        print(f"{title}\n\n{text}\n")
