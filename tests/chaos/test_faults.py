@@ -31,11 +31,12 @@ def environment(ray_session):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, ray_session) -> Path:
-    """The undisturbed runs, a folder a job."""
+def straight(tmp_path_factory, environment) -> Path:
+    """The undisturbed runs, a folder a job; in processes of their own, as this one has another number of threads, on which
+    the last bit of a metric depends."""
     folder = tmp_path_factory.mktemp("straight")
     for job in ("precompute", "train", "evaluate"):
-        harness.run_here(command(job, folder / job, folder))
+        harness.run(command(job, folder / job, folder), environment)
     return folder
 
 
