@@ -29,7 +29,6 @@ import pyarrow.parquet as pq
 
 from mdt_ray.training.meters import MACHINE_COLUMNS
 from tests.chaos.rig import Rig
-from tests.harness import RAY
 
 OUTAGE_SECONDS = 10.0
 """Of the store, and of a host's network."""
@@ -41,8 +40,11 @@ ATTEMPTS = 3
 """Commands, the first one included, until a job must be done."""
 NUM_STEPS = 40
 """Of a training."""
-WORKERS = {"precompute": "MapWorker", "train": "RayTrainWorker", "tune": "ImplicitFunc", "evaluate": "MapWorker"}
-"""Title of the processes that do a job's work."""
+WORKERS = {"precompute": ("ray::MapWorker", "ray::decode_piece", "ray::read_chunk"),
+           "train": ("ray::RayTrainWorker", "ray::TrainController"), "tune": ("ray::ImplicitFunc",),
+           "evaluate": ("ray::MapWorker",)}
+"""Titles of the processes that do a job's work: encoders, decoders, readers; ranks and what watches them; drivers of trials;
+samplers, decoders and feature networks."""
 FAULTS = ("driver", "worker", "node", "store", "network")
 
 
@@ -99,7 +101,8 @@ class Chaos:
     def run(self, job: str, number: int) -> Outcome:
         """Run `number` of a job, with its fault."""
         draw = random.Random(f"{job} {number}")
-        fault = FAULTS[number % len(FAULTS)]
+        faults = FAULTS if self.rig.is_network else FAULTS[:-1]  # without cables none can be pulled
+        fault = faults[number % len(faults)]
         moment = draw.uniform(0.15, 0.95) * self.seconds[job]
         output = f"chaos/{job}-{number}"
         started = time.monotonic()
@@ -124,10 +127,9 @@ class Chaos:
         """Do it; returns what heals it, to be called some time later."""
         rig = self.rig
         if fault in ("driver", "worker"):
-            victim = rig.find(f"mdt_ray.cli {job}" if fault == "driver" else f"ray::{WORKERS[job]}")
-            if victim is not None:
+            if found := rig.find(*([f"mdt_ray.cli {job}"] if fault == "driver" else WORKERS[job])):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    victim.kill()
+                    draw.choice(found).kill()
             return lambda: None
         if fault == "node":
             host = draw.choice(rig.hosts[1:])
@@ -176,14 +178,10 @@ class Chaos:
         return found + left
 
     def _running(self) -> list[str]:
-        found = [f"process {title} is left" for title in {*WORKERS.values(), "mdt_ray.cli"} if self.rig.find(title)]
-        command = [str(RAY), "list", "placement-groups", "--address", self.rig.address, "--format", "json", "--filter",
-                   "state!=REMOVED"]
-        done = subprocess.run(command, env=self.rig.environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            return [*found, done.stderr[-200:]]
-        held = json.loads(done.stdout) if done.stdout.lstrip().startswith("[") else []  # of none Ray says so in words
-        return found + [f"placement group {one} is left" for one in held]
+        titles = [title for titles in WORKERS.values() for title in titles]
+        found = [f"process {left.pid} is left" for left in self.rig.find("mdt_ray.cli", *titles)]
+        groups = [group for group in self.rig.listed("placement_groups") if group["state"] != "REMOVED"]
+        return found + [f"placement group {group} is left" for group in groups]
 
 
 def _last_line(text: str) -> str:

@@ -6,6 +6,7 @@ of a real Ray behind a token, killed by real signals.
 """
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +34,8 @@ STORE = 2**20 * 120
 
 
 def namespaces_allowed() -> bool:
-    """Whether this process may make network namespaces."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
+    """Whether this process may make network namespaces, and was not told (MDT_RIG_NAMESPACES=0) to do without."""
+    if os.geteuid() != 0 or shutil.which("ip") is None or os.environ.get("MDT_RIG_NAMESPACES") == "0":
         return False
     name = f"mdt-try-{os.getpid()}"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
@@ -92,7 +94,8 @@ class Rig:
         self.store_host = self._host(workers + 1, 0)
         self.port, self.dashboard = (6379, 8265) if self.is_network else (free_port(), free_port())
         token = folder / "token"
-        token.write_text(secrets.token_hex(32))
+        self.token = secrets.token_hex(32)
+        token.write_text(self.token)
         token.chmod(0o600)
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | s3.KEYS | {
             "PATH": f"{RAY.parent}:{os.environ['PATH']}",  # jobs run `python`
@@ -175,11 +178,17 @@ class Rig:
         with (self.folder / f"{host.name}.log").open("ab") as log:
             subprocess.Popen([*host.prefix, *command], env=environment, stdout=log, stderr=log, start_new_session=True)
 
+    def listed(self, what: str) -> list[dict]:
+        """`nodes` or `placement_groups`, as the dashboard lists them."""
+        request = urllib.request.Request(f"{self.address}/api/v0/{what}", headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)["data"]["result"]["result"]
+
     def num_nodes(self) -> int:
-        """Living nodes, asked as an operator would."""
-        command = [str(RAY), "list", "nodes", "--address", self.address, "--format", "json", "--filter", "state=ALIVE"]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        return done.stdout.count('"node_id"') if done.returncode == 0 else 0
+        """Living ones."""
+        with contextlib.suppress(OSError):
+            return sum(node["state"] == "ALIVE" for node in self.listed("nodes"))
+        return 0
 
     def submit(self, *words: str) -> subprocess.Popen:
         """`mdt-ray submit <words>` from outside, with both streams in one."""
@@ -187,14 +196,14 @@ class Rig:
         return subprocess.Popen(command, env=self.environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT)
 
-    def find(self, part: str) -> psutil.Process | None:
-        """A process of any host whose command line holds `part`, a shell that waits for it aside."""
-        for host in self.hosts:
-            for process in host.processes():
-                with contextlib.suppress(psutil.Error):
-                    if part in " ".join(process.cmdline()) and process.name() != "sh":
-                        return process
-        return None
+    def find(self, *parts: str) -> list[psutil.Process]:
+        """Processes of all hosts whose command line holds one of `parts`, by age; shells that wait for them aside."""
+        found = []
+        for process in (process for host in self.hosts for process in host.processes()):
+            with contextlib.suppress(psutil.Error):
+                if any(part in " ".join(process.cmdline()) for part in parts) and process.name() != "sh":
+                    found.append((process.create_time(), process.pid, process))
+        return [process for *_, process in sorted(found)]
 
     @contextlib.contextmanager
     def store_down(self) -> Iterator[None]:
