@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-ray test-rest test-slow lint clean
+.PHONY: quickstart test test-ray test-rest test-slow chaos lint clean
 
 # Trains on the embedded digits, sweeps, samples, and prints the path of the report page.
 quickstart: $(STAMP)
@@ -20,6 +20,11 @@ test-ray test-rest: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Every job RUNS times over several hosts, with a fault each time; the last line has the figures. Two hours as it stands.
+RUNS ?= 25
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos.chaos --runs $(RUNS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

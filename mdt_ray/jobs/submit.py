@@ -8,6 +8,7 @@ import datetime
 import logging
 import re
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -151,7 +152,9 @@ def _follow(client: JobSubmissionClient, name: str, address: str) -> str:
     if info.status == JobStatus.STOPPED:
         raise JobEnded(f"job {name} was stopped; the same command goes on", 143)
     last = [line for line in client.get_job_logs(name).splitlines() if line.strip() and not BAR.match(line)]
-    raise JobEnded(f"job {name} failed: {last[-1] if last else info.message}", info.driver_exit_code or 1)
+    code = info.driver_exit_code or 1
+    how = f"was ended by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else "failed"
+    raise JobEnded(f"job {name} {how}: {last[-1] if last else info.message}", code)
 
 
 def _print_all(client: JobSubmissionClient, name: str, screen: "_Screen") -> None:

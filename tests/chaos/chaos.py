@@ -38,7 +38,7 @@ RUN_SECONDS = 400.0
 """For a command to end, or what it started to be gone."""
 ATTEMPTS = 3
 """Commands, the first one included, until a job must be done."""
-NUM_STEPS = 40
+NUM_STEPS = 30
 """Of a training."""
 WORKERS = {"precompute": ("ray::MapWorker", "ray::decode_piece", "ray::read_chunk"),
            "train": ("ray::RayTrainWorker", "ray::TrainController"), "tune": ("ray::ImplicitFunc",),
@@ -84,9 +84,9 @@ class Chaos:
             "precompute": ["--chunk-size", "60", "--encode-batch-size", "20", "--workers.num-workers", "2"],
             "train": ["--latents", latents, "--num-steps", str(NUM_STEPS), "--checkpoint-every-steps", "5",
                       "--log-every-steps", "5", "--precision", "fp32", "--workers.num-workers", "2"],
-            "tune": ["--train.latents", latents, "--train.num-steps", "20", "--train.checkpoint-every-steps", "5",
+            "tune": ["--train.latents", latents, "--train.num-steps", "15", "--train.checkpoint-every-steps", "5",
                      "--evaluate.num-samples", "50", "--max-trials", "3"],
-            "evaluate": ["--checkpoint", trained, "--num-samples", "300", "--chunk-size", "20", "--workers.num-workers",
+            "evaluate": ["--checkpoint", trained, "--num-samples", "200", "--chunk-size", "20", "--workers.num-workers",
                          "2"],
         }[job]
         return [job, "digits", "--output", self.uri(output), *words]
@@ -102,16 +102,22 @@ class Chaos:
         """Run `number` of a job, with its fault."""
         draw = random.Random(f"{job} {number}")
         faults = FAULTS if self.rig.is_network else FAULTS[:-1]  # without cables none can be pulled
-        fault = faults[number % len(faults)]
+        fault = faults[(number + list(WORKERS).index(job)) % len(faults)]
         moment = draw.uniform(0.15, 0.95) * self.seconds[job]
-        output = f"chaos/{job}-{number}"
-        started = time.monotonic()
-        process, commands = self.rig.submit(*self.command(job, output)), 1
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(moment)
-        at = time.monotonic()
-        held = set(self.rig.store.objects(output))
-        heal = self._strike(job, fault, draw)
+        for attempt in range(ATTEMPTS):
+            output = f"chaos/{job}-{number}-{attempt}"
+            started = time.monotonic()
+            process, commands = self.rig.submit(*self.command(job, output)), 1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moment)
+            at, held = time.monotonic(), set(self.rig.store.objects(output))
+            heal = self._strike(job, fault, draw, process)
+            if heal is not None:
+                break
+            self._finish(f"{job}-{number}", process)
+            moment *= 0.6  # it was faster than the undisturbed run, and over
+        else:
+            raise AssertionError(f"{job} {number}: always ended before anything could be done to it")
         recovery = self._until_new(output, held, process, heal)
         code, text = self._finish(f"{job}-{number}", process)
         while code != 0 and commands < ATTEMPTS:
@@ -123,14 +129,17 @@ class Chaos:
         wrong = [f"exit code {code}: {text[-500:]}"] if code else self.differences(job, output)
         return Outcome(job, number, fault, moment, commands, recovery, lost, wrong + self._left_over(job, output))
 
-    def _strike(self, job: str, fault: str, draw: random.Random) -> Callable[[], None]:
-        """Do it; returns what heals it, to be called some time later."""
-        rig = self.rig
-        if fault in ("driver", "worker"):
-            if found := rig.find(*([f"mdt_ray.cli {job}"] if fault == "driver" else WORKERS[job])):
+    def _strike(self, job: str, fault: str, draw: random.Random, process: subprocess.Popen) -> Callable[[], None] | None:
+        """Do it; returns what heals it, to be called some time later. None where the job ended before."""
+        rig, titles = self.rig, ([f"mdt_ray.cli {job}"] if fault == "driver" else WORKERS[job])
+        while process.poll() is None and fault in ("driver", "worker"):
+            if found := rig.find(*titles):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     draw.choice(found).kill()
-            return lambda: None
+                return lambda: None
+            time.sleep(0.1)
+        if process.poll() is not None:
+            return None
         if fault == "node":
             host = draw.choice(rig.hosts[1:])
             host.kill()
