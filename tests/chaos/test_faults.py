@@ -22,19 +22,20 @@ from tests.chaos.chaos import essence
 from tests.jobs.test_kills import TRAIN
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+THREADS = {"OMP_NUM_THREADS": "1"}
+"""Of all drivers: the last bit of a metric depends on their number."""
 
 
 @pytest.fixture(scope="module")
 def environment(ray_session):
     from mdt_ray.jobs import session
 
-    return session.environment()
+    return session.environment() | THREADS
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, environment) -> Path:
-    """The undisturbed runs, a folder a job; in processes of their own, as this one has another number of threads, on which
-    the last bit of a metric depends."""
+    """The undisturbed runs, a folder a job."""
     folder = tmp_path_factory.mktemp("straight")
     for job in ("precompute", "train", "evaluate"):
         harness.run(command(job, folder / job, folder), environment)
@@ -142,7 +143,7 @@ def cell(num_bytes: int) -> Iterator[Path]:
 @pytest.mark.parametrize("job", ["precompute", "train", "evaluate"])
 def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_started_again(straight, tmp_path, job):
     output = tmp_path / "out"
-    with clusters.head(tmp_path, num_cpus=4) as head, cell(8 * 2**20) as small:
+    with clusters.head(tmp_path, num_cpus=4, **THREADS) as head, cell(8 * 2**20) as small:
         process = submitted(head, command(job, output, straight))
         title = {"train": "ray::RayTrainWorker"}.get(job, "ray::MapWorker")
         wait_until(lambda: processes(title, head) and any(output.glob("run.json")), process)
@@ -162,7 +163,7 @@ def test_where_ray_kills_all_for_want_of_memory_the_same_command_goes_on(straigh
     if threshold > 0.9:
         pytest.skip("too little memory free for somebody to take it")
     with clusters.head(tmp_path, num_cpus=4, RAY_memory_usage_threshold=f"{threshold:.3f}",
-                       RAY_memory_monitor_refresh_ms="100") as head:
+                       RAY_memory_monitor_refresh_ms="100", **THREADS) as head:
         process = submitted(head, command(job, output, straight))
         wait_until(lambda: any(output.glob("chunks/*")), process)
         before = {p.pid for p in processes("ray::MapWorker", head)}
@@ -222,7 +223,7 @@ def test_jobs_run_while_the_object_store_is_full_and_spills(straight, tmp_path):
     """400 MB of a stranger's objects in a store of 200 MB."""
     hog = tmp_path / "hog.py"
     hog.write_text(HOG)
-    with clusters.head(tmp_path, num_cpus=4) as head:
+    with clusters.head(tmp_path, num_cpus=4, **THREADS) as head:
         from ray.job_submission import JobSubmissionClient
 
         with pytest.MonkeyPatch.context() as patch:
