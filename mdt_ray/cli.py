@@ -82,6 +82,10 @@ JOBS = {
 }
 
 
+UPLOADED = "working_dir_files"
+"""Name of the folder below which Ray puts the working directories of submitted jobs, and deletes them."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a job; returns the exit code: 0 only on success, 1 for a failed job, 2 for a wrong command line, 128 + the number
     of the signal for one that was asked to stop."""
@@ -190,12 +194,16 @@ def submission(config: SubmitConfig, words: list[str]) -> SubmitConfig:
     job, rest = job_of(words)
     if job == "submit" or job.startswith("submit "):
         raise ValueError("a submitted command cannot be `submit`")
-    settings = parse(job, rest).settings
+    _refuse_temporary(parse(job, rest).settings)
+    return dataclasses.replace(config, command=tuple(words))
+
+
+def _refuse_temporary(settings: Any) -> None:
+    """Raise ValueError where the output would go with the working directory of a cluster's job."""
     output = getattr(settings, "output", "")
     if output and "://" not in output and not Path(output).is_absolute():
         raise ValueError(f"output = {output!r}: on the cluster that is in a temporary folder; name a bucket (s3://...), or "
                          "an absolute path that all its nodes share")
-    return dataclasses.replace(config, command=tuple(words))
 
 
 def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -221,6 +229,8 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
             raise ValueError(f"--{name.replace('_', '-')}: not given; name it" + (
                 "" if name in ("folder", "sigma_rel", "job", "command")
                 else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
+    if UPLOADED in Path.cwd().parts:
+        _refuse_temporary(config)
     module = importlib.import_module(f"mdt_ray.jobs.{JOBS[job].module or job.partition(' ')[0]}")
     result = getattr(module, JOBS[job].function)(config)
     return _last_line(job, config, result)

@@ -1,6 +1,6 @@
 """Entry point for `ray job submit`: all four jobs in order, then the report. The same arguments as `mdt-ray quickstart`.
 
-    ray job submit --working-dir . -- python pipelines/all.py digits
+    ray job submit --working-dir . -- python pipelines/all.py digits --output s3://my-bucket/digits
 """
 
 import sys

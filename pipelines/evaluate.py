@@ -1,6 +1,6 @@
 """Entry point for `ray job submit`: checkpoint -> samples and metrics. The same arguments as `mdt-ray evaluate`.
 
-    ray job submit --working-dir . -- python pipelines/evaluate.py digits
+    ray job submit --working-dir . -- python pipelines/evaluate.py digits --checkpoint s3://my-bucket/run --output s3://my-bucket/judged
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Entry point for `ray job submit`: images -> VAE latents. The same arguments as `mdt-ray precompute`.
 
-    ray job submit --working-dir . -- python pipelines/precompute.py digits
+    ray job submit --working-dir . -- python pipelines/precompute.py digits --output s3://my-bucket/latents
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Entry point for `ray job submit`: latents -> checkpoints. The same arguments as `mdt-ray train`.
 
-    ray job submit --working-dir . -- python pipelines/train.py digits
+    ray job submit --working-dir . -- python pipelines/train.py digits --latents s3://my-bucket/latents --output s3://my-bucket/run
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Entry point for `ray job submit`: a sweep of training settings. The same arguments as `mdt-ray tune`.
 
-    ray job submit --working-dir . -- python pipelines/tune.py digits
+    ray job submit --working-dir . -- python pipelines/tune.py digits --train.latents s3://my-bucket/latents --output s3://my-bucket/sweep
 """
 
 import sys

@@ -112,6 +112,18 @@ def test_entry_points_run_from_a_working_directory_that_is_not_installed(tmp_pat
         assert "starts from nothing" in done.stdout
 
 
+def test_what_would_go_with_an_uploaded_working_directory_is_refused(tmp_path):
+    folder = tmp_path / "working_dir_files" / "_ray_pkg_0123"  # where Ray unpacks it on the cluster
+    folder.mkdir(parents=True)
+    for words, text in ((["--output", "runs/x"], "on the cluster that is in a temporary folder; name a bucket"),
+                        (["--output", str(tmp_path / "x"), "--latents", "nowhere"], "no manifest.json")):
+        done = subprocess.run([sys.executable, str(ROOT / "pipelines" / "train.py"), "digits", *words], cwd=folder,
+                              capture_output=True, text=True)
+        assert done.returncode == 1
+        assert text in done.stderr
+    assert not list(folder.iterdir())
+
+
 def test_what_a_sweep_would_run_is_said_and_checked(tmp_path):
     make_latents(tmp_path / "latents")
     words = [sys.executable, str(ROOT / "pipelines" / "tune.py"), "digits", "--dry-run", "--num-seeds", "2"]
