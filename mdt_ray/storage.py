@@ -7,14 +7,16 @@ complete. Not a cache and not a copy tool.
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -22,8 +24,14 @@ import pyarrow.parquet as pq
 
 from mdt_ray import config_io
 
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 UPLOAD_BYTES = 16 * 2**20
 """Of a local file that are in memory at once while it goes to an object store."""
+RETRY_SECONDS = (1.0, 5.0, 20.0)
+"""Waited before a store is asked again."""
+REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_UPLOAD")
+"""In the errors of stores that would say the same again."""
 FULL_BYTES = 2**20
 """A disk with less room than this was full when a write failed."""
 
@@ -76,27 +84,49 @@ def base(uri: str) -> str:
 
 def exists(uri: str) -> bool:
     fs, path = resolve(uri)
-    return fs.get_file_info(path).type != pafs.FileType.NotFound
+    return _patiently(fs, lambda: fs.get_file_info(path)).type != pafs.FileType.NotFound
 
 
 def list_names(uri: str) -> list[str]:
     """Sorted names of a folder's children; empty if there is no such folder."""
-    fs, path = resolve(uri)
-    return sorted(info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    return sorted(info.base_name for info in _children(uri))
 
 
 def list_sizes(uri: str) -> dict[str, int]:
     """Sizes of a folder's files by name; empty if there is no such folder."""
+    return {info.base_name: info.size for info in _children(uri) if info.type == pafs.FileType.File}
+
+
+def _children(uri: str) -> list[pafs.FileInfo]:
     fs, path = resolve(uri)
-    infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
-    return {info.base_name: info.size for info in infos if info.type == pafs.FileType.File}
+    return _patiently(fs, lambda: fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole file. Raises FileNotFoundError."""
     fs, path = resolve(uri)
-    with fs.open_input_stream(path) as stream:
-        return stream.read()
+
+    def read() -> bytes:
+        with fs.open_input_stream(path) as stream:
+            return stream.read()
+
+    return _patiently(fs, read)
+
+
+def _patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
+    """What `call` returns; from a store that does not answer, or breaks off, also after some time. (The SDKs' own patience
+    is a few seconds where connections are refused.)"""
+    for pause in () if isinstance(fs, pafs.LocalFileSystem) else RETRY_SECONDS:
+        try:
+            return call()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if any(word in str(error) for word in REFUSALS):
+                raise
+            logger.warning("%s; trying again in %.0f s", error, pause)
+            time.sleep(pause)
+    return call()
 
 
 def read_json(uri: str) -> Any:
@@ -115,7 +145,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         if isinstance(fs, pafs.LocalFileSystem):
             _write_local(path, data)
         else:
-            _write_object(fs, path, [data], len(data))
+            _write_object(fs, path, lambda: [data], len(data))
 
 
 @contextmanager
@@ -124,7 +154,7 @@ def create_file(uri: str) -> Iterator[Path]:
     without an error, and else is deleted. Raises OSError as `write_bytes`."""
     fs, path = resolve(uri)
     is_there = isinstance(fs, pafs.LocalFileSystem)
-    temporary = Path(_temporary(path if is_there else os.path.join(tempfile.gettempdir(), Path(path).name)))
+    temporary = Path(_temporary(path)) if is_there else _scratch()
     try:
         with _naming(uri):
             temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -148,21 +178,32 @@ def _naming(uri: str) -> Iterator[None]:
 
 
 def _upload(fs: pafs.FileSystem, file: Path, path: str) -> None:
-    with file.open("rb") as stream:
-        _write_object(fs, path, iter(lambda: stream.read(UPLOAD_BYTES), b""), file.stat().st_size)
+    def parts() -> Iterator[bytes]:
+        with file.open("rb") as stream:
+            yield from iter(lambda: stream.read(UPLOAD_BYTES), b"")
+
+    _write_object(fs, path, parts, file.stat().st_size)
 
 
-def _write_object(fs: pafs.FileSystem, path: str, parts: Iterable[bytes], size: int) -> None:
-    try:
+def _write_object(fs: pafs.FileSystem, path: str, parts: Callable[[], Iterable[bytes]], size: int) -> None:
+    def facts() -> tuple[int | None, int | None]:
+        info = _patiently(fs, lambda: fs.get_file_info(path))
+        return info.size, info.mtime_ns
+
+    def write() -> None:
         with fs.open_output_stream(path) as stream:
-            for part in parts:
+            for part in parts():
                 stream.write(part)
+
+    before = facts()
+    try:
+        _patiently(fs, write)
     finally:
         # A stream that is closed after a failed write may have completed an upload that lacks its end.
-        info = fs.get_file_info(path)
-        if info.is_file and info.size != size:
+        after = facts()
+        if after[0] is not None and after[0] != size and after != before:
             fs.delete_file(path)
-            raise OSError(f"{info.size} bytes arrived of {size}")
+            raise OSError(f"{after[0]} bytes arrived of {size}")
 
 
 def _write_local(path: str, data: bytes) -> None:
@@ -182,7 +223,7 @@ def write_json(uri: str, value: Any) -> None:
 def move(uri: str, target: str) -> None:
     """Rename a file on the same filesystem."""
     fs, path = resolve(uri)
-    fs.move(path, resolve(target)[1])
+    _patiently(fs, lambda: fs.move(path, resolve(target)[1]))
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:
@@ -200,11 +241,15 @@ def read_table(uri: str) -> pa.Table:
 def remove(uri: str) -> None:
     """Delete a file or a folder with all it holds; nothing if it is not there."""
     fs, path = resolve(uri)
-    kind = fs.get_file_info(path).type
-    if kind == pafs.FileType.Directory:
-        fs.delete_dir(path)
-    elif kind == pafs.FileType.File:
-        fs.delete_file(path)
+
+    def delete() -> None:
+        kind = fs.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            fs.delete_dir(path)
+        elif kind == pafs.FileType.File:
+            fs.delete_file(path)
+
+    _patiently(fs, delete)
 
 
 def _temporary(path: str) -> str:
@@ -212,14 +257,32 @@ def _temporary(path: str) -> str:
     return f"{path}.tmp-{uuid.uuid4().hex}"
 
 
+def _scratch() -> Path:
+    """A path on this machine for what goes to a store. Those of processes that were killed are deleted."""
+    root = Path(tempfile.gettempdir())
+    for path in root.glob("mdt_ray-*"):
+        owner = path.name.split("-")[1]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            _discard(path)
+        except (ValueError, PermissionError):  # another's
+            continue
+    return root / f"mdt_ray-{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def clear_leftovers(uri: str) -> None:
     """Delete what killed writers left half-written in a folder on a local disk. For its one owner."""
     if is_local(uri):
         for path in Path(resolve(uri)[1]).glob("*.tmp-*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            _discard(path)
 
 
 def sha256(data: bytes) -> str:
@@ -233,7 +296,7 @@ def create_folder(uri: str, *, last: str) -> Iterator[Path]:
     Raises OSError as `write_bytes`."""
     fs, path = resolve(uri)
     is_there, path = isinstance(fs, pafs.LocalFileSystem), path.rstrip("/")
-    temporary = Path(_temporary(path if is_there else os.path.join(tempfile.gettempdir(), Path(path).name)))
+    temporary = Path(_temporary(path)) if is_there else _scratch()
     try:
         with _naming(uri):
             temporary.mkdir(parents=True)

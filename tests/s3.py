@@ -52,29 +52,65 @@ class Store:
             stream.write(data)
 
 
-@contextlib.contextmanager
-def slowed(store: Store, seconds: float, packet_bytes: int = 65536) -> Iterator[Store]:
-    """The same store behind a line on which each packet, in each direction, takes so many seconds."""
-    host, port = store.endpoint.removeprefix("http://").split(":")
+class Line(Store):
+    """The same store at the end of a line of its own."""
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, seconds: float):
+        self.target, self.loop, self.seconds = store.endpoint.removeprefix("http://").split(":"), loop, seconds
+        self.server: asyncio.Server | None = None
+        self.writers: set[asyncio.StreamWriter] = set()
+        self.port = 0
+        self.mend()
+        super().__init__(f"http://127.0.0.1:{self.port}")
+
+    def mend(self) -> None:
+        """Take connections (again)."""
+        self._run(self._listen())
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Connections are broken off and refused while the block runs, or until it is mended."""
+        self._run(self._hang_up())
+        yield
+        self.mend()
+
+    def _run(self, task) -> None:
+        asyncio.run_coroutine_threadsafe(task, self.loop).result()
+
+    async def _listen(self) -> None:
+        if self.server is None:
+            self.server = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
+            self.port = self.server.sockets[0].getsockname()[1]
+
+    async def _hang_up(self) -> None:
+        self.server.close()
+        self.server = None
+        for writer in self.writers:
+            writer.transport.abort()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, onward = await asyncio.open_connection(self.target[0], int(self.target[1]))
+        self.writers |= {writer, onward}
+        await asyncio.gather(self._carry(reader, onward), self._carry(there, writer))
+        self.writers -= {writer, onward}
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            while data := await reader.read(packet_bytes):
-                await asyncio.sleep(seconds)
+            while data := await reader.read(65536):
+                await asyncio.sleep(self.seconds)
                 writer.write(data)
                 await writer.drain()
         writer.close()
 
-    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there = await asyncio.open_connection(host, int(port))
-        await asyncio.gather(carry(reader, there[1]), carry(there[0], writer))
 
+@contextlib.contextmanager
+def forwarded(store: Store, seconds: float = 0.0) -> Iterator[Line]:
+    """The store behind a line that can be cut, and on which a packet of at most 64 kB takes so many seconds."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    server = asyncio.run_coroutine_threadsafe(asyncio.start_server(connect, "127.0.0.1", 0), loop).result()
     try:
-        yield Store(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        yield Line(store, loop, seconds)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

@@ -3,11 +3,19 @@
 import collections
 import errno
 import os
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from mdt_ray import storage
 from tests import s3
+
+
+def _keys(monkeypatch) -> None:
+    for name, value in s3.KEYS.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path):
@@ -68,8 +76,7 @@ def test_what_a_killed_maker_left_is_cleared(tmp_path):
 
 
 def test_a_file_goes_to_a_store_in_parts(tmp_path, monkeypatch):
-    for name, value in s3.KEYS.items():
-        monkeypatch.setenv(name, value)
+    _keys(monkeypatch)
     monkeypatch.setattr(storage, "UPLOAD_BYTES", 1000)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     data = bytes(range(256)) * 41
@@ -107,8 +114,7 @@ def test_folders_are_created_whole(tmp_path):
 
 
 def test_folders_in_a_store_are_created_whole(monkeypatch):
-    for name, value in s3.KEYS.items():
-        monkeypatch.setenv(name, value)
+    _keys(monkeypatch)
     with s3.serve() as store:
         with pytest.raises(OSError, match=r"folder\?.*: could not be written"):
             _fill(store.uri("folder"), OSError("bad"))
@@ -152,3 +158,55 @@ def test_remove_takes_files_folders_and_nothing(tmp_path):
     storage.remove(str(tmp_path / "d"))
     storage.remove(str(tmp_path / "none"))
     assert storage.list_names(str(tmp_path)) == []
+
+
+def test_a_store_that_refuses_for_a_while_loses_nothing(monkeypatch):
+    """Longer than the SDK itself tries (some 6 s): what is there stays, and the write comes after all."""
+    _keys(monkeypatch)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", ())
+    with s3.serve() as store, s3.forwarded(store) as line:
+        storage.write_bytes(line.uri("a/lock.json"), b"of old, and longer")
+        with line.cut():
+            with pytest.raises(OSError, match="could not be written"):
+                storage.write_bytes(line.uri("a/lock.json"), b"new")
+            with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+                storage.read_bytes(line.uri("a/lock.json"))
+        assert store.objects("a") == {"lock.json": b"of old, and longer"}
+        monkeypatch.setattr(storage, "RETRY_SECONDS", (1.0, 1.0, 1.0))
+        with line.cut():
+            timer = threading.Timer(7.0, line.mend)
+            timer.start()
+            storage.write_bytes(line.uri("a/lock.json"), b"new")
+        assert store.objects("a") == {"lock.json": b"new"}
+
+
+def test_a_write_that_broke_off_leaves_no_part_of_it(monkeypatch):
+    """The stream completes an upload when it is closed, whatever went wrong before."""
+    _keys(monkeypatch)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", ())
+    with s3.serve() as store, storage.create_file(store.uri("a/y")) as path:
+        path.write_bytes(b"whole")
+        fs, there = storage.resolve(store.uri("a/x"))
+
+        def parts():
+            yield b"ha"
+            raise OSError("broke off")
+
+        with pytest.raises(OSError, match="2 bytes arrived of 4"):
+            storage._write_object(fs, there, parts, 4)
+        assert store.objects("a") == {}
+
+
+def test_what_killed_writers_left_on_this_machine_is_deleted(tmp_path, monkeypatch):
+    _keys(monkeypatch)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = ("import os\nfrom mdt_ray import storage\n"
+            "with storage.create_folder(os.environ['URI'], last='x') as folder:\n"
+            "    (folder / 'x').write_text('x')\n    os.kill(os.getpid(), 9)\n")
+    with s3.serve() as store:
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"URI": store.uri("a"), "TMPDIR": str(tmp_path)})
+        assert len(list(tmp_path.glob("mdt_ray-*/x"))) == 1
+        (tmp_path / "mdt_ray-sketches").touch()
+        _fill(store.uri("b"))
+        assert [path.name for path in tmp_path.iterdir()] == ["mdt_ray-sketches"]
+        assert set(store.objects("b")) == {"sub/x", "done"}

@@ -224,23 +224,18 @@ def test_jobs_run_while_the_object_store_is_full_and_spills(straight, tmp_path):
     hog = tmp_path / "hog.py"
     hog.write_text(HOG)
     with clusters.head(tmp_path, num_cpus=4, **THREADS) as head:
-        from ray.job_submission import JobSubmissionClient
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in head.environment.items():
-                patch.setenv(name, value)
-            client = JobSubmissionClient(head.address)
-            name = client.submit_job(entrypoint=f"{sys.executable} {hog} {tmp_path / 'full'}")
-            end = time.monotonic() + 120
-            while not (tmp_path / "full").exists():
-                assert time.monotonic() < end, client.get_job_logs(name)
-                time.sleep(0.2)
-            for job in ("precompute", "train", "evaluate"):
-                process = submitted(head, command(job, tmp_path / job, straight))
-                text, _ = process.communicate(timeout=300)
-                assert process.returncode == 0, text
-                assert same(job, tmp_path / job, straight) == []
-            assert client.get_job_status(name) == "RUNNING"
+        held = subprocess.Popen([harness.RAY, "job", "submit", "--address", head.address, "--", sys.executable, str(hog),
+                                 str(tmp_path / "full")], env=head.environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
+        wait_until((tmp_path / "full").exists, held)
+        for job in ("precompute", "train", "evaluate"):
+            process = submitted(head, command(job, tmp_path / job, straight))
+            text, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, text
+            assert same(job, tmp_path / job, straight) == []
+        assert held.poll() is None
+        held.kill()
+        held.communicate()
 
 
 # Two drivers
@@ -320,7 +315,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(straight, tmp
 @pytest.mark.parametrize("job", ["precompute", "train", "evaluate"])
 def test_a_slow_store_changes_nothing(straight, tmp_path, environment, job):
     """A fifth of a second for each packet of at most 64 kB there and back."""
-    with s3.serve() as store, s3.slowed(store, 0.1) as slow:
+    with s3.serve() as store, s3.forwarded(store, 0.1) as slow:
         done = tried(command(job, slow.uri("out"), straight), environment, timeout=400)
         assert done.returncode == 0, done.stderr[-2000:]
         for name, data in store.objects("out").items():
