@@ -52,7 +52,10 @@ def list_finished(output: str, kind: str = CHECKPOINTS) -> list[str]:
 def damage(uri: str) -> str | None:
     """What is wrong with a checkpoint on disk, by its checksums; None if nothing is."""
     try:
-        for name, expected in storage.read_json(storage.join(uri, CHECKSUMS)).items():
+        sums = storage.read_json(storage.join(uri, CHECKSUMS))
+        if not isinstance(sums, dict) or not sums:
+            return f"{CHECKSUMS} has no checksums"
+        for name, expected in sums.items():
             if storage.sha256(storage.read_bytes(storage.join(uri, *name.split("/")))) != expected:
                 return f"{name} does not have its checksum"
     except FileNotFoundError as error:

@@ -33,6 +33,14 @@ class Claim(NamedTuple):
     token: str
 
 
+class TakenOver(RuntimeError):
+    """Another run has the folder now: this one may not write there any more."""
+
+    @classmethod
+    def of(cls, folder: str) -> "TakenOver":
+        return cls(f"{folder}: another run has taken over; this one stops")
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on, without importing any of it."""
     found = {"mdt_ray": mdt_ray.__version__, "python": platform.python_version(), "machine": platform.machine()}
@@ -92,7 +100,7 @@ def holds(claim: Claim) -> bool:
     """Whether a claim still stands. A worker that outlives its killed driver asks before it writes, and finds that another
     run has taken over."""
     try:
-        return storage.read_json(storage.join(claim.folder, LOCK))["token"] == claim.token
+        return storage.read_json(storage.join(claim.folder, LOCK)).get("token") == claim.token
     except FileNotFoundError:
         return False
 
@@ -101,16 +109,17 @@ def holds(claim: Claim) -> bool:
 def _lock(output: str) -> Iterator[Claim]:
     """The lock file names host, pid and process start; a thread renews it while the owner lives."""
     uri = storage.join(output, LOCK)
-    _refuse_living_owner(uri, output)
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid()),
              "token": uuid.uuid4().hex}
     held = Claim(output, owner["token"])
-    storage.write_json(uri, owner | {"renewed": time.time()})
+    while not holds(held):  # (of two that find no lock at the same moment, the one that writes last has it)
+        _refuse_living_owner(uri, output)
+        storage.write_json(uri, owner | {"renewed": time.time()})
     done = threading.Event()
 
     def renew() -> None:
         while not done.wait(LEASE_SECONDS / 3):
-            with contextlib.suppress(OSError):  # a store that does not answer for once is no reason to lose the folder
+            with contextlib.suppress(OSError, ValueError):  # a store that fails for once is no reason to lose the folder
                 if not holds(held):
                     return
                 storage.write_json(uri, owner | {"renewed": time.time()})

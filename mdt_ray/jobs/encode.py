@@ -140,7 +140,7 @@ class Encoder:
             raise ValueError(f"image {ids[row]!r}: its latent is not finite in {config.precision}; use --precision fp32, or "
                              "another VAE")
         if not run_folder.holds(self.claim):
-            raise RuntimeError(f"{config.output}: another run has taken over; this one stops")
+            raise run_folder.TakenOver.of(config.output)
         vae = {"path": config.vae.path, "revision": config.vae.revision, "scale": self.vae.scale, "shift": self.vae.shift,
                "weights_hash": self.vae.weights_hash}
         facts = {"shape": list(moments.shape[3:]), "image_size": config.image_size, "dtype": "float16", "vae": vae,

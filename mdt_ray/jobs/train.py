@@ -35,7 +35,7 @@ MAX_FAILURES = 10
 """Losses of workers without a new checkpoint in between, after which a run is given up."""
 PATIENCE_SECONDS = 15.0
 """How long a launch waits for room for all workers before it takes fewer, where it may."""
-FINAL = (ValueError, TrainingDiverged, torch.OutOfMemoryError, storage.NoRoom)
+FINAL = (ValueError, TrainingDiverged, torch.OutOfMemoryError, storage.NoRoom, run_folder.TakenOver)
 """Failures that would come back: the workers are not started again."""
 
 

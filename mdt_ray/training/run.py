@@ -16,6 +16,7 @@ from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.inference.convert import load_any, origin_of
 from mdt_ray.models.compiling import compile_blocks
 from mdt_ray.models.transfer import transfer
+from mdt_ray.run_folder import TakenOver
 from mdt_ray.training import loop, ranks, samples, snapshots
 from mdt_ray.training import state as states
 from mdt_ray.training.ema import build_averages
@@ -129,6 +130,8 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
             return should_stop()
 
         if rank == 0:
+            if not may_write():
+                raise TakenOver.of(config.output)
             _drop_after(config.output, state.step)
             logger.info("rank 0 of %d: %d training images, %d held out, %d lanes, %s, %d threads, from step %d", world_size,
                         manifest.num_train, manifest.num_rows - manifest.num_train, config.num_lanes, dtype or torch.float32,
@@ -198,7 +201,7 @@ def _validation(config: TrainConfig, manifest: Manifest, rank: int, world_size: 
 def _write_all(writes: list[Callable[[], None]], may_write: Callable[[], bool], output: str) -> None:
     for write in writes:
         if not may_write():
-            raise RuntimeError(f"{output} was taken over by another run; this one stops")
+            raise TakenOver.of(output)
         write()
 
 

@@ -1,9 +1,8 @@
 """train and tune on a real Ray: what they write, what they refuse, what they leave out."""
 
-
 import pytest
 
-from mdt_ray import checkpoints, storage
+from mdt_ray import checkpoints, run_folder, storage
 from mdt_ray.config import WorkersConfig
 from mdt_ray.data import latents
 from mdt_ray.jobs.train import train
@@ -40,6 +39,18 @@ def test_an_error_in_a_worker_reaches_the_caller_as_itself(tmp_path, ray_session
     with pytest.raises(ValueError, match=r"chunk-00000.parquet: row group \d is not readable"):
         train(config)
     assert not (tmp_path / "out" / "lock.json").exists()
+
+
+def test_workers_that_outlive_their_run_touch_nothing_and_are_not_started_again(tmp_path, ray_session, caplog):
+    make_latents(tmp_path / "latents")
+    config = tiny_training(tmp_path / "latents", tmp_path / "out")
+    theirs = tmp_path / "out" / "checkpoints" / "step-00000010.tmp-theirs"
+    theirs.mkdir(parents=True)
+    storage.write_json(str(tmp_path / "out" / "lock.json"), {"token": "theirs"})
+    with pytest.raises(run_folder.TakenOver, match="another run has taken over; this one stops"):
+        train(config, above=run_folder.Claim(config.output, "mine"))
+    assert theirs.exists()
+    assert "a training worker was lost" not in caplog.text
 
 
 def test_latents_round_trip_through_the_manifest(tmp_path):

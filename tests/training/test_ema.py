@@ -12,6 +12,7 @@ from mdt_ray.config import EmaConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader
 from mdt_ray.models import MDT
+from mdt_ray.run_folder import TakenOver
 from mdt_ray.training import posthoc, snapshots
 from mdt_ray.training import run as training
 from mdt_ray.training.ema import build_averages, ema_decay, gamma_of, power_update, sigma_rel_of, update_averages
@@ -265,7 +266,7 @@ def test_without_power_stds_nothing_is_stored(folder, tmp_path):
 
 
 def test_a_run_that_lost_its_folder_writes_no_snapshot(folder, tmp_path):
-    answers = iter([True, False])  # the checkpoint of step 0, then the snapshot of step 4
-    with pytest.raises(RuntimeError, match="taken over by another run"):
+    answers = iter([True, True, False])  # the start, the checkpoint of step 0, the snapshot of step 4
+    with pytest.raises(TakenOver, match="another run has taken over"):
         run(tiny_training(folder, tmp_path, ema=ALL), may_write=lambda: next(answers))
     assert steps_of(tmp_path) == []

@@ -13,6 +13,7 @@ from mdt_ray.config import LossConfig, ModelConfig, OptimConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.models import MDT, DiT
+from mdt_ray.run_folder import TakenOver
 from mdt_ray.training import loop
 from mdt_ray.training.meters import MACHINE_COLUMNS
 from mdt_ray.training.optim import build_optimizer, clip_gradients, learning_rate
@@ -286,6 +287,12 @@ def test_a_checkpoint_opens_without_training_code(folder, tmp_path):
     assert checkpoints.damage(uri) is None
 
 
+@pytest.mark.parametrize("data", ["{}", "[]", "null", "{"])
+def test_checksums_that_are_none_mark_no_checkpoint_as_whole(tmp_path, data):
+    (tmp_path / "checksums.json").write_text(data)
+    assert "checksums" in checkpoints.damage(str(tmp_path))
+
+
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(folder, tmp_path, caplog):
     run(tiny_training(folder, tmp_path))
     newest = tmp_path / "checkpoints" / "step-00000020"
@@ -307,7 +314,7 @@ def test_old_checkpoints_are_pruned_and_leftovers_cleared(folder, tmp_path):
 
 
 def test_a_run_that_lost_its_folder_stops_before_it_writes(folder, tmp_path):
-    with pytest.raises(RuntimeError, match="taken over by another run"):
+    with pytest.raises(TakenOver, match="another run has taken over"):
         run(tiny_training(folder, tmp_path), may_write=lambda: False)
     assert checkpoints.list_finished(str(tmp_path)) == []
 
