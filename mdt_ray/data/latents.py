@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from mdt_ray import config_io, storage
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
+FILE_NAME = re.compile(r"chunk-\d{5,}\.parquet")
 ROW_OVERHEAD = 60
 """Bytes of a row beside its moments: id, label, split, and their share of the file's index."""
 RETRY_SECONDS = (1.0, 10.0, 60.0)
@@ -153,16 +155,27 @@ def read_rejected(folder: str) -> list[dict[str, str]]:
 
 
 def read_manifest(folder: str) -> Manifest:
-    """Raises ValueError for a folder without a manifest, or with one of another schema."""
+    """Raises ValueError for a folder without a manifest, or with one that is damaged, of another schema, or names what is no
+    file of the folder."""
     try:
         values = storage.read_json(storage.join(folder, MANIFEST))
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no {MANIFEST}, so no finished latents; run `mdt-ray precompute` with this output"
                          ) from error
-    if values.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"{folder}: schema_version = {values.get('schema_version')!r}, must be {SCHEMA_VERSION}; "
-                         "write the latents again with `mdt-ray precompute`")
-    return Manifest(**values | {"files": [LatentFile(**f) for f in values["files"]]})
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{folder}: schema_version = {version!r}, must be {SCHEMA_VERSION}; write the latents again with "
+                         "`mdt-ray precompute`")
+    try:
+        manifest = Manifest(**values | {"files": [LatentFile(**f) for f in values["files"]]})
+        names = [file.name for file in manifest.files if not FILE_NAME.fullmatch(file.name)]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{folder}: {MANIFEST} is damaged ({error}); delete it, and run the same `mdt-ray precompute` "
+                         "again") from error
+    if names:
+        raise ValueError(f"{folder}: {MANIFEST} names {names[0]!r}, which is no file of latents here; delete it, and run "
+                         "the same `mdt-ray precompute` again")
+    return manifest
 
 
 def open_manifest(folder: str) -> Manifest:

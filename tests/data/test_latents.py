@@ -1,6 +1,7 @@
 """Latents on disk and the batches read from them."""
 
 import itertools
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -153,6 +154,19 @@ def test_missing_and_truncated_files_are_named(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"no manifest.json"):
         latents.open_manifest(str(folder))
+
+
+@pytest.mark.parametrize(("change", "text"), [
+    (lambda m: [], "schema_version = None"), (lambda m: {"schema_version": 2}, "manifest.json is damaged"),
+    (lambda m: m | {"files": [{}]}, "manifest.json is damaged"), (lambda m: m | {"more": 1}, "manifest.json is damaged"),
+    (lambda m: m | {"files": [m["files"][0] | {"name": "../secret.parquet"}]}, r"names '\.\./secret\.parquet', which is no"),
+    (lambda m: m | {"files": [m["files"][0] | {"name": "/etc/passwd"}]}, "names '/etc/passwd', which is no")])
+def test_a_manifest_that_is_none_or_leads_elsewhere_is_refused(tmp_path, change, text):
+    make_latents(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=text):
+        latents.open_manifest(str(tmp_path))
 
 
 def test_a_file_damaged_while_training_is_named(folder):
