@@ -10,6 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mdt_ray.data.readers import Piece
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow knows more, and gives PostScript to a program that runs it."""
 MAX_PIXELS = 178_956_970
 """Pictures of more pixels are rejected, by their header: what Pillow calls a decompression bomb."""
 
@@ -26,7 +28,7 @@ def decode_image(data: bytes | None, exif_rotation: bool = False) -> Image.Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of corrupt EXIF data, of large pictures below MAX_PIXELS
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_pixels(image.width, image.height)
             if exif_rotation:
                 image = ImageOps.exif_transpose(image)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mdt_ray import storage
@@ -22,6 +23,8 @@ DENSE_BYTES = 2**20
 STREAM_BYTES = 8 * 2**20
 """Read at once from a Parquet column, whose row groups may be larger than memory. Decoded is a page at a time, of at most
 1,024 rows where pyarrow wrote it."""
+MAX_PICTURE_BYTES = 64 * 2**20
+"""Of a picture in Parquet. What is larger counts as unreadable: a file of a thousandth of that may unpack to it."""
 RETRY_SECONDS = (1.0, 5.0)
 """Waits before a failed read is tried again."""
 
@@ -146,15 +149,24 @@ def _row_range(file: pq.ParquetFile, first: int, stop: int, size: int) -> Iterat
     groups = list(range(int(ends.searchsorted(first, side="right")), int(ends.searchsorted(stop)) + 1))
     at = int(ends[groups[0] - 1]) if groups[0] else 0
     column = "image.bytes" if pa.types.is_struct(file.schema_arrow.field("image").type) else "image"
+    if any(_has_dictionary(file, group, column) for group in groups):
+        size = 1  # rows may repeat one picture for next to no bytes, and would all be unpacked together
     for batch in file.iter_batches(size, row_groups=groups, columns=[column]):
         images = batch.column(0)
         images = images.field("bytes") if pa.types.is_struct(images.type) else images
         low, high = max(first - at, 0), min(stop - at, len(images))
         if low < high:
-            yield images.slice(low, high - low).cast(pa.large_binary())
+            images = images.slice(low, high - low).cast(pa.large_binary())
+            too_large = pc.greater(pc.fill_null(pc.binary_length(images), 0), MAX_PICTURE_BYTES)
+            yield pc.if_else(too_large, b"", images) if pc.any(too_large).as_py() else images
         at += len(images)
         if at >= stop:
             return
+
+
+def _has_dictionary(file: pq.ParquetFile, group: int, column: str) -> bool:
+    chunks = [file.metadata.row_group(group).column(k) for k in range(file.metadata.num_columns)]
+    return any("DICTIONARY" in name for chunk in chunks if chunk.path_in_schema == column for name in chunk.encodings)
 
 
 _READERS = {"pictures": _read_pictures, "parquet": _read_parquet, "tar": _read_tars}

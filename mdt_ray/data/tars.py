@@ -8,6 +8,8 @@ from typing import Any
 
 from mdt_ray import storage
 
+MAX_LABEL_BYTES = 2**20
+"""Of a member that holds a label."""
 JSON_LABELS = ("label", "cls", "class_id", "class")
 """Keys of a sample's .json that may hold its label; the first that is there counts."""
 
@@ -55,6 +57,12 @@ def scan(folder: str, name: str, image_suffixes: frozenset[str]) -> list[Sample]
     return [Sample(key=key, label=s.get("label"), offset=s["offset"], size=s["size"]) for key, s in samples.items()]
 
 
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > MAX_LABEL_BYTES:  # of a sparse member, the tar may hold much less
+        raise tarfile.TarError(f"{member.name!r} has {member.size} bytes, and a label at most {MAX_LABEL_BYTES}")
+    return tar.extractfile(member).read()
+
+
 def _note(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarfile.TarInfo,
           image_suffixes: frozenset[str]) -> None:
     folder, slash, name = member.name.rpartition("/")
@@ -70,10 +78,10 @@ def _note(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarf
         sample.setdefault("offset", member.offset_data)
         sample.setdefault("size", member.size)
     elif suffix == "cls":
-        sample["label"] = tar.extractfile(member).read().decode(errors="replace").strip()
+        sample["label"] = _text(tar, member).decode(errors="replace").strip()
     elif suffix == "json" and "label" not in sample:
         try:
-            values = json.loads(tar.extractfile(member).read())
+            values = json.loads(_text(tar, member))
         except ValueError as error:
             raise tarfile.TarError(f"{member.name!r} is no JSON: {error}") from error
         sample["label"] = next((values[k] for k in JSON_LABELS if k in values), None) if isinstance(values, dict) else None

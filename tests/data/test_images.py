@@ -97,6 +97,13 @@ def test_what_is_no_image_says_why(data, reason):
         images.decode_image(data)
 
 
+def test_programs_are_no_pictures():
+    """Pillow would hand them to Ghostscript."""
+    for data in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", b"%PDF-1.4\n"):
+        with pytest.raises(ValueError, match="no known format"):
+            images.decode_image(data)
+
+
 def test_a_decompression_bomb_is_refused_by_its_header():
     bomb = save(Image.new("1", (20_000, 20_000)), "png")
     assert len(bomb) < 100_000

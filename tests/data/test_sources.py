@@ -368,3 +368,27 @@ def test_a_file_that_vanishes_is_named(tmp_path):
     (tmp_path / "n01" / "n01_4.JPEG").unlink()
     with pytest.raises(ValueError, match=r"n01/n01_4.JPEG: cannot be read .* put it back"):
         list(readers.read_pieces(source.folder, source.kind, rows, 4))
+
+
+def test_pictures_that_unpack_to_more_than_any_picture_are_rejected(tmp_path, monkeypatch):
+    """A dictionary page and compression make them of nothing; rows are unpacked one at a time then."""
+    monkeypatch.setattr(readers, "MAX_PICTURE_BYTES", 4 * 2**20)
+    large = bytes(5 * 2**20)
+    path = write_parquet(tmp_path / "bomb.parquet", [(large, 0)] * 600 + [(PICTURES[0], 0)], row_group_size=1000,
+                         compression="zstd", use_dictionary=True, dictionary_pagesize_limit=2**24)
+    assert path.stat().st_size < 2**20
+    source = sources.open_source(str(tmp_path))
+    rows = listings.list_images(source).table
+    before = pa.total_allocated_bytes()
+    pool, peaks, found = pa.default_memory_pool(), [], []
+    for piece in readers.read_pieces(source.folder, source.kind, rows, 8):
+        found += piece.data.to_pylist()
+        peaks.append(pool.bytes_allocated() - before)
+    assert found == [b""] * 600 + [PICTURES[0]]
+    assert max(peaks) < 100 * 2**20
+
+
+def test_labels_of_any_length_are_not_read_from_tars(tmp_path):
+    members = [*sample("a", PICTURES[0], 1), *sample("b", PICTURES[0], "9" * (2**20 + 1))]
+    write_tar(tmp_path / "x.tar", members)
+    refused(tmp_path, r"'b.cls' has 1048577 bytes, and a label at most 1048576")
