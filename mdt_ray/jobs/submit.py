@@ -141,7 +141,7 @@ def _handles(name: str, address: str) -> str:
 def _follow(client: JobSubmissionClient, name: str, address: str) -> str:
     screen = _Screen()
     try:
-        _print_all(client, name, screen)
+        _print_all(client, name, address, screen)
     except KeyboardInterrupt:
         raise JobEnded(f"job {name} goes on\n{_handles(name, address)}", 130) from None
     finally:
@@ -153,24 +153,26 @@ def _follow(client: JobSubmissionClient, name: str, address: str) -> str:
         raise JobEnded(f"job {name} was stopped; the same command goes on", 143)
     last = [line for line in client.get_job_logs(name).splitlines() if line.strip() and not BAR.match(line)]
     code = info.driver_exit_code or 1
+    code = 128 - code if code < 0 else code  # of a process that no shell stood above
     how = f"was ended by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else "failed"
     raise JobEnded(f"job {name} {how}: {last[-1] if last else info.message}", code)
 
 
-def _print_all(client: JobSubmissionClient, name: str, screen: "_Screen") -> None:
+def _print_all(client: JobSubmissionClient, name: str, address: str, screen: "_Screen") -> None:
     """Print what the job printed and prints, until it has ended. A connection that breaks is made again."""
     lost_since = None
     while True:
         try:
-            asyncio.run(_tail(client, name, screen))
-            if client.get_job_status(name).is_terminal():
-                return
+            is_over = client.get_job_status(name).is_terminal()
             lost_since = None
+            asyncio.run(_tail(client, name, screen))
+            if is_over or client.get_job_status(name).is_terminal():
+                return
         except (OSError, RuntimeError, aiohttp.ClientError) as error:  # those of requests are OSErrors
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > PATIENCE_SECONDS:
                 raise RuntimeError(f"the cluster has not answered for {PATIENCE_SECONDS:.0f} s ({error}); job {name} may go "
-                                   f"on\n{_handles(name, '')}") from error
+                                   f"on\n{_handles(name, address)}") from error
         time.sleep(1)
 
 
