@@ -16,7 +16,10 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-SECRET = re.compile(r"(?<=://)[^/?#\s]*:[^/?#\s]*(?=@)|(?<=[?&])(?:access_key|secret_key|session_token)=[^&\s]*")
+SECRET = re.compile(r"(?<=://)[^/?#\s]*:[^/?#\s]*(?=@)"
+                    r"|(?<=s3://)[^/?#\s@:]*:[^?#\s@]*(?=@)"  # (a secret key may have slashes)
+                    r"|(?<=[?&])(?:access_key|secret_key|session_token|account_key|sas_token|sig|x-amz-[a-z-]+)=[^&\s]*",
+                    re.IGNORECASE)
 """What opens a store, in a URI: `key:secret@`, or among its options."""
 
 

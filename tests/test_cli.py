@@ -1,8 +1,10 @@
 """The command line: exit codes, messages with remedies, previews."""
 
 import json
+import os
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 
@@ -105,9 +107,10 @@ def test_settings_win_over_file_over_preset(tmp_path, capsys):
 
 def test_entry_points_run_from_a_working_directory_that_is_not_installed(tmp_path):
     """As `ray job submit --working-dir` runs them."""
+    site = sysconfig.get_path("purelib")  # without what its .pth files add, an editable installation among them
     for name in ("precompute", "train", "evaluate", "all"):
-        done = subprocess.run([sys.executable, str(ROOT / "pipelines" / f"{name}.py"), "digits", "--dry-run"], cwd=tmp_path,
-                              capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-S", str(ROOT / "pipelines" / f"{name}.py"), "digits", "--dry-run"],
+                              cwd=tmp_path, env=os.environ | {"PYTHONPATH": site}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "starts from nothing" in done.stdout
 
