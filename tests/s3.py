@@ -55,13 +55,14 @@ class Store:
 class Line(Store):
     """The same store at the end of a line of its own."""
 
-    def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, seconds: float):
+    def __init__(self, store: Store, loop: asyncio.AbstractEventLoop, seconds: float, host: str):
         self.target, self.loop, self.seconds = store.endpoint.removeprefix("http://").split(":"), loop, seconds
+        self.host = host
         self.server: asyncio.Server | None = None
         self.writers: set[asyncio.StreamWriter] = set()
         self.port = 0
         self.mend()
-        super().__init__(f"http://127.0.0.1:{self.port}")
+        super().__init__(f"http://{host}:{self.port}")
 
     def mend(self) -> None:
         """Take connections (again)."""
@@ -79,7 +80,7 @@ class Line(Store):
 
     async def _listen(self) -> None:
         if self.server is None:
-            self.server = await asyncio.start_server(self._connect, "127.0.0.1", self.port)
+            self.server = await asyncio.start_server(self._connect, self.host, self.port)
             self.port = self.server.sockets[0].getsockname()[1]
 
     async def _hang_up(self) -> None:
@@ -104,13 +105,13 @@ class Line(Store):
 
 
 @contextlib.contextmanager
-def forwarded(store: Store, seconds: float = 0.0) -> Iterator[Line]:
+def forwarded(store: Store, seconds: float = 0.0, host: str = "127.0.0.1") -> Iterator[Line]:
     """The store behind a line that can be cut, and on which a packet of at most 64 kB takes so many seconds."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
-        yield Line(store, loop, seconds)
+        yield Line(store, loop, seconds, host)
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

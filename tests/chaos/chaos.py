@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ WORKERS = {"precompute": ("ray::MapWorker", "ray::decode_piece", "ray::read_chun
            "evaluate": ("ray::MapWorker",)}
 """Titles of the processes that do a job's work: encoders, decoders, readers; ranks and what watches them; drivers of trials;
 samplers, decoders and feature networks."""
+RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_StatsActor", "ray::ActorLocationTracker",
+            "ray::_AutoscalingCoordinatorActor")
+"""Processes that Ray keeps for the next job."""
 FAULTS = ("driver", "worker", "node", "store", "network")
 
 
@@ -60,7 +64,7 @@ class Outcome:
     commands: int
     """Given in all."""
     recovery: float | None
-    """Seconds from the fault to the next object in the store; None where none was missing any more."""
+    """Seconds from the fault to the next thing that the job wrote; None where nothing was missing any more."""
     lost: float
     """Seconds that it took longer than the undisturbed run."""
     wrong: list[str]
@@ -110,7 +114,6 @@ class Chaos:
             process, commands = self.rig.submit(*self.command(job, output)), 1
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(moment)
-            at, held = time.monotonic(), set(self.rig.store.objects(output))
             heal = self._strike(job, fault, draw, process)
             if heal is not None:
                 break
@@ -118,16 +121,19 @@ class Chaos:
             moment *= 0.6  # it was faster than the undisturbed run, and over
         else:
             raise AssertionError(f"{job} {number}: always ended before anything could be done to it")
-        recovery = self._until_new(output, held, process, heal)
-        code, text = self._finish(f"{job}-{number}", process)
-        while code != 0 and commands < ATTEMPTS:
-            print(f"  {time.monotonic() - started:.0f} s: exit code {code}: {_last_line(text)}", flush=True)
-            commands += 1
-            code, text = self._finish(f"{job}-{number}", self.rig.submit(*self.command(job, output)))
-            recovery = recovery or time.monotonic() - at
+        with self._progress(output) as recovery:
+            heal()
+            code, text = self._finish(f"{job}-{number}", process)
+            while code != 0 and commands < ATTEMPTS:
+                print(f"  {time.monotonic() - started:.0f} s: exit code {code}: {_last_line(text)}", flush=True)
+                commands += 1
+                code, text = self._finish(f"{job}-{number}", self.rig.submit(*self.command(job, output)))
         lost = time.monotonic() - started - self.seconds[job]
         wrong = [f"exit code {code}: {text[-500:]}"] if code else self.differences(job, output)
-        return Outcome(job, number, fault, moment, commands, recovery, lost, wrong + self._left_over(job, output))
+        if commands > 1 and fault != "driver":
+            wrong.append(f"{commands} commands")
+        return Outcome(job, number, fault, moment, commands, recovery[0] if recovery else None, lost,
+                       wrong + self._left_over(output))
 
     def _strike(self, job: str, fault: str, draw: random.Random, process: subprocess.Popen) -> Callable[[], None] | None:
         """Do it; returns what heals it, to be called some time later. None where the job ended before."""
@@ -136,7 +142,7 @@ class Chaos:
             if found := rig.find(*titles):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     draw.choice(found).kill()
-                return lambda: None
+                    return lambda: None
             time.sleep(0.1)
         if process.poll() is not None:
             return None
@@ -144,20 +150,33 @@ class Chaos:
             host = draw.choice(rig.hosts[1:])
             host.kill()
             return _after(REBOOT_SECONDS, lambda: rig.start(host))
-        stack = contextlib.ExitStack()
-        stack.enter_context(rig.store_down() if fault == "store" else draw.choice(rig.hosts[1:]).unplugged())
-        return _after(OUTAGE_SECONDS, stack.close)
+        outage = draw.choice(rig.hosts[1:]).unplugged() if fault == "network" else \
+            draw.choice([rig.store_hung, rig.store.cut])()
+        outage.__enter__()
+        return _after(OUTAGE_SECONDS, lambda: outage.__exit__(None, None, None))
 
-    def _until_new(self, output: str, held: set[str], process: subprocess.Popen, heal: Callable[[], None]) -> float | None:
-        """Wait for the healing, then for an object that was not there before, or the end of the command."""
-        began = time.monotonic()
-        heal()
-        while process.poll() is None and time.monotonic() - began < RUN_SECONDS:
-            with contextlib.suppress(OSError):
-                if set(self.rig.store.objects(output)) - held:
-                    return time.monotonic() - began
-            time.sleep(0.5)
-        return None
+    @contextlib.contextmanager
+    def _progress(self, output: str) -> Iterator[list[float]]:
+        """Seconds from here until the job has written something again, once it has."""
+        began, over, found = time.monotonic(), threading.Event(), []
+        held: set[str] | None = None
+
+        def watch() -> None:
+            nonlocal held
+            while not over.wait(0.5) and not found:
+                with contextlib.suppress(OSError):
+                    names = set(self.rig.store.times(output)) - {"lock.json", "run.json"}
+                    held = names if held is None else held
+                    if names - held:
+                        found.append(time.monotonic() - began)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            thread.join()
 
     def _finish(self, name: str, process: subprocess.Popen) -> tuple[int, str]:
         """Its exit code (124 where it took too long) and what it printed."""
@@ -175,9 +194,10 @@ class Chaos:
     def differences(self, job: str, output: str) -> list[str]:
         """In what the artefacts are not those of the undisturbed run."""
         ours, theirs = (essence(job, self.rig.store.objects(path), NUM_STEPS) for path in (output, f"straight/{job}"))
+        assert theirs
         return [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
 
-    def _left_over(self, job: str, output: str) -> list[str]:
+    def _left_over(self, output: str) -> list[str]:
         """Locks, half-written files, processes and reservations that nobody will ever need."""
         found = [f"{name} is left" for name in self.rig.store.objects(output)
                  if name.endswith("lock.json") or ".tmp-" in name or "/ray/" in f"/{name}"]
@@ -187,8 +207,12 @@ class Chaos:
         return found + left
 
     def _running(self) -> list[str]:
-        titles = [title for titles in WORKERS.values() for title in titles]
-        found = [f"process {left.pid} is left" for left in self.rig.find("mdt_ray.cli", *titles)]
+        found = []
+        for process in self.rig.find("mdt_ray.cli", "ray::"):
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(process.cmdline())
+                if not any(part in title for part in RAYS_OWN):
+                    found.append(f"process {title[:80]} is left")
         groups = [group for group in self.rig.listed("placement_groups") if group["state"] != "REMOVED"]
         return found + [f"placement group {group} is left" for group in groups]
 
@@ -208,18 +232,21 @@ def _after(seconds: float, do: Callable[[], None]) -> Callable[[], None]:
 def essence(job: str, objects: dict[str, bytes], num_steps: int) -> dict[str, Any]:
     """What must be the same: latents and features byte for byte, metrics and losses bit for bit, trials by name."""
     if job == "precompute":
-        return {name: data for name, data in objects.items() if name.endswith(".parquet") and "chunk-" in name}
+        return {name: data for name, data in objects.items() if name not in ("run.json", "source.parquet")}  # paths, times
     if job == "evaluate":
         chunks = {name: data for name, data in objects.items() if name.startswith("chunks/")}
         return chunks | {"metrics": json.loads(objects["metrics.json"])["metrics"] if "metrics.json" in objects else None}
     if job == "train":
         rows = pq.read_table(pa.BufferReader(objects["metrics.parquet"])).to_pylist() if "metrics.parquet" in objects else []
-        last = f"checkpoints/step-{num_steps:08d}"
-        weights = {name: data for name, data in objects.items() if name.startswith(last) and name.endswith(".safetensors")}
-        return weights | {"rows": [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in rows]}
-    results = [json.loads(data) for name, data in objects.items() if name.endswith("/result.json")]
-    return {result["name"]: (result["status"], result.get("metrics"), [row["loss"] for row in result.get("curve", [])])
-            for result in results}
+        last = f"checkpoints/step-{num_steps:08d}/"
+        there = {name: data for name, data in objects.items() if name.startswith(last)}
+        same = (".safetensors", "optimizer.pt", "state.json")
+        return {name: data if name.endswith(same) else None for name, data in there.items()} | {
+            "rows": [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in rows]}
+    names = {name: None for name in objects if "/" not in name or name.endswith("/result.json")}
+    table = json.loads(objects["results.json"]) if "results.json" in objects else {"trials": []}
+    trials = [(t["name"], t["status"], t["metrics"], [row["loss"] for row in t["curve"]]) for t in table["trials"]]
+    return names | {"trials": trials, "others": [table.get(key) for key in ("left", "stopped", "failed")]}
 
 
 def main(jobs: list[str], runs: int, logs: Path, first: int = 0) -> dict[str, Any]:

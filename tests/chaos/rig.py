@@ -105,7 +105,8 @@ class Rig:
             "RAY_health_check_timeout_ms": "2000"}
         self.sessions = tempfile.mkdtemp(prefix="rig-", dir="/tmp")  # sockets: short
         self.address = f"http://{self.hosts[0].address}:{self.dashboard}"
-        self.store: s3.Store | None = None
+        self.stack = contextlib.ExitStack()
+        self.store: s3.Line | None = None
 
     def _host(self, number: int, cpus: int) -> Host:
         name = f"mdt{self.tag}h{number}"
@@ -127,6 +128,7 @@ class Rig:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.stack.close()
         for host in [*self.hosts, self.store_host]:
             host.kill()
         if self.is_network:
@@ -151,7 +153,8 @@ class Rig:
         host, port = self.store_host, 9000 if self.is_network else free_port()
         self._spawn(host, [sys.executable, "-m", "moto.server", "-H", host.address, "-p", str(port)])
         _wait(lambda: _answers(host.address, port), "the store")
-        self.store = s3.Store(f"http://{host.address}:{port}")
+        outside = f"{self.net}.254" if self.is_network else host.address
+        self.store = self.stack.enter_context(s3.forwarded(s3.Store(f"http://{host.address}:{port}"), host=outside))
 
     def start(self, host: Host) -> None:
         """Start its node of Ray (again)."""
@@ -180,7 +183,8 @@ class Rig:
 
     def listed(self, what: str) -> list[dict]:
         """`nodes` or `placement_groups`, as the dashboard lists them."""
-        request = urllib.request.Request(f"{self.address}/api/v0/{what}", headers={"Authorization": f"Bearer {self.token}"})
+        request = urllib.request.Request(f"{self.address}/api/v0/{what}?limit=10000",
+                                         headers={"Authorization": f"Bearer {self.token}"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)["data"]["result"]["result"]
 
@@ -206,8 +210,8 @@ class Rig:
         return [process for *_, process in sorted(found)]
 
     @contextlib.contextmanager
-    def store_down(self) -> Iterator[None]:
-        """The store does not answer while the block runs."""
+    def store_hung(self) -> Iterator[None]:
+        """The store takes connections and does not answer while the block runs."""
         processes = self.store_host.processes()
         for process in processes:
             process.send_signal(signal.SIGSTOP)

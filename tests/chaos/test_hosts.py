@@ -26,4 +26,4 @@ def test_a_job_runs_over_hosts_and_a_store(chaos, job):
     assert run["config"]["output"].startswith("s3://")
     assert {"precompute": "manifest.json", "train": "metrics.parquet", "tune": "results.json",
             "evaluate": "metrics.json"}[job] in left
-    assert chaos._left_over(job, f"straight/{job}") == []
+    assert chaos._left_over(f"straight/{job}") == []
