@@ -100,7 +100,7 @@ class Rig:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | s3.KEYS | {
             "PATH": f"{RAY.parent}:{os.environ['PATH']}",  # jobs run `python`
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
-            # A node is given up after so many failed looks, a second apart: a cable pulled for ten seconds is no lost node.
+            # A node is given up after so many failed looks: a cable pulled for ten seconds is no lost node.
             "RAY_health_check_failure_threshold": "8", "RAY_health_check_period_ms": "2000",
             "RAY_health_check_timeout_ms": "2000"}
         self.sessions = tempfile.mkdtemp(prefix="rig-", dir="/tmp")  # sockets: short
