@@ -87,7 +87,8 @@ class Chaos:
         words = {
             "precompute": ["--chunk-size", "60", "--encode-batch-size", "20", "--workers.num-workers", "2"],
             "train": ["--latents", latents, "--num-steps", str(NUM_STEPS), "--checkpoint-every-steps", "5",
-                      "--log-every-steps", "5", "--precision", "fp32", "--workers.num-workers", "2"],
+                      "--log-every-steps", "5", "--precision", "fp32", "--workers.num-workers", "2",
+                      "--workers.cpus-per-worker", "1.5"],  # no two fit on one host
             "tune": ["--train.latents", latents, "--train.num-steps", "15", "--train.checkpoint-every-steps", "5",
                      "--evaluate.num-samples", "50", "--max-trials", "3"],
             "evaluate": ["--checkpoint", trained, "--num-samples", "200", "--chunk-size", "20", "--workers.num-workers",
@@ -98,7 +99,7 @@ class Chaos:
     def straight(self, job: str) -> None:
         """The undisturbed run, once. Raises AssertionError where even that fails."""
         started = time.monotonic()
-        code, text = self._finish(job, self.rig.submit(*self.command(job, f"straight/{job}")))
+        code, text = self.finish(job, self.rig.submit(*self.command(job, f"straight/{job}")))
         assert code == 0, text
         self.seconds[job] = time.monotonic() - started
 
@@ -117,23 +118,23 @@ class Chaos:
             heal = self._strike(job, fault, draw, process)
             if heal is not None:
                 break
-            self._finish(f"{job}-{number}", process)
+            self.finish(f"{job}-{number}", process)
             moment *= 0.6  # it was faster than the undisturbed run, and over
         else:
             raise AssertionError(f"{job} {number}: always ended before anything could be done to it")
         with self._progress(output) as recovery:
             heal()
-            code, text = self._finish(f"{job}-{number}", process)
+            code, text = self.finish(f"{job}-{number}", process)
             while code != 0 and commands < ATTEMPTS:
                 print(f"  {time.monotonic() - started:.0f} s: exit code {code}: {_last_line(text)}", flush=True)
                 commands += 1
-                code, text = self._finish(f"{job}-{number}", self.rig.submit(*self.command(job, output)))
+                code, text = self.finish(f"{job}-{number}", self.rig.submit(*self.command(job, output)))
         lost = time.monotonic() - started - self.seconds[job]
         wrong = [f"exit code {code}: {text[-500:]}"] if code else self.differences(job, output)
         if commands > 1 and fault != "driver":
             wrong.append(f"{commands} commands")
         return Outcome(job, number, fault, moment, commands, recovery[0] if recovery else None, lost,
-                       wrong + self._left_over(output))
+                       wrong + self.left_over(output))
 
     def _strike(self, job: str, fault: str, draw: random.Random, process: subprocess.Popen) -> Callable[[], None] | None:
         """Do it; returns what heals it, to be called some time later. None where the job ended before."""
@@ -178,7 +179,7 @@ class Chaos:
             over.set()
             thread.join()
 
-    def _finish(self, name: str, process: subprocess.Popen) -> tuple[int, str]:
+    def finish(self, name: str, process: subprocess.Popen) -> tuple[int, str]:
         """Its exit code (124 where it took too long) and what it printed."""
         code = 124
         try:
@@ -197,7 +198,7 @@ class Chaos:
         assert theirs
         return [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
 
-    def _left_over(self, output: str) -> list[str]:
+    def left_over(self, output: str) -> list[str]:
         """Locks, half-written files, processes and reservations that nobody will ever need."""
         found = [f"{name} is left" for name in self.rig.store.objects(output)
                  if name.endswith("lock.json") or ".tmp-" in name or "/ray/" in f"/{name}"]
@@ -229,6 +230,11 @@ def _after(seconds: float, do: Callable[[], None]) -> Callable[[], None]:
     return wait
 
 
+def rows_of(objects: dict[str, bytes]) -> list[dict[str, Any]]:
+    """Of a training's metrics, where it has some."""
+    return pq.read_table(pa.BufferReader(objects["metrics.parquet"])).to_pylist() if "metrics.parquet" in objects else []
+
+
 def essence(job: str, objects: dict[str, bytes], num_steps: int) -> dict[str, Any]:
     """What must be the same: latents and features byte for byte, metrics and losses bit for bit, trials by name."""
     if job == "precompute":
@@ -237,7 +243,7 @@ def essence(job: str, objects: dict[str, bytes], num_steps: int) -> dict[str, An
         chunks = {name: data for name, data in objects.items() if name.startswith("chunks/")}
         return chunks | {"metrics": json.loads(objects["metrics.json"])["metrics"] if "metrics.json" in objects else None}
     if job == "train":
-        rows = pq.read_table(pa.BufferReader(objects["metrics.parquet"])).to_pylist() if "metrics.parquet" in objects else []
+        rows = rows_of(objects)
         last = f"checkpoints/step-{num_steps:08d}/"
         there = {name: data for name, data in objects.items() if name.startswith(last)}
         same = (".safetensors", "optimizer.pt", "state.json")

@@ -1,10 +1,11 @@
 """The four jobs over three hosts, submitted from outside, with a store that is reached over the network only."""
 
 import json
+import time
 
 import pytest
 
-from tests.chaos.chaos import Chaos
+from tests.chaos.chaos import Chaos, rows_of
 from tests.chaos.rig import Rig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -26,4 +27,23 @@ def test_a_job_runs_over_hosts_and_a_store(chaos, job):
     assert run["config"]["output"].startswith("s3://")
     assert {"precompute": "manifest.json", "train": "metrics.parquet", "tune": "results.json",
             "evaluate": "metrics.json"}[job] in left
-    assert chaos._left_over(f"straight/{job}") == []
+    assert chaos.left_over(f"straight/{job}") == []
+
+
+def test_training_goes_on_without_a_host_that_is_lost_for_good(chaos):
+    """With another number of workers, whose sums have another order: losses are the same to 1e-5."""
+    rig, output = chaos.rig, "without-a-host"
+    process = rig.submit(*chaos.command("train", output), "--min-workers", "1")
+    end = time.monotonic() + 120
+    while "checkpoints/step-00000010/checksums.json" not in rig.store.times(output):
+        assert time.monotonic() < end
+        time.sleep(0.3)
+    rig.hosts[2].kill()
+    code, text = chaos.finish("without-a-host", process)
+    rig.start(rig.hosts[2])
+    assert code == 0, text
+    assert "going on with 1 of 2 workers" in text
+    straight, ours = (rows_of(rig.store.objects(path)) for path in ("straight/train", output))
+    assert [row["step"] for row in ours] == [row["step"] for row in straight]
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in straight], rel=1e-5)
+    assert ours[0]["loss"] == straight[0]["loss"], "until the host was lost"
