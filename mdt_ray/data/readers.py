@@ -156,9 +156,9 @@ def _row_range(file: pq.ParquetFile, first: int, stop: int, size: int) -> Iterat
         images = images.field("bytes") if pa.types.is_struct(images.type) else images
         low, high = max(first - at, 0), min(stop - at, len(images))
         if low < high:
-            images = images.slice(low, high - low).cast(pa.large_binary())
-            too_large = pc.greater(pc.fill_null(pc.binary_length(images), 0), MAX_PICTURE_BYTES)
-            yield pc.if_else(too_large, b"", images) if pc.any(too_large).as_py() else images
+            part = images.slice(low, high - low).cast(pa.large_binary())
+            too_large = pc.greater(pc.fill_null(pc.binary_length(part), 0), MAX_PICTURE_BYTES)
+            yield pc.if_else(too_large, b"", part) if pc.any(too_large).as_py() else part
         at += len(images)
         if at >= stop:
             return
