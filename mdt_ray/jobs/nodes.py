@@ -1,6 +1,10 @@
-"""What the cluster's nodes hold, what they have free and which are about to go; for the last two Ray has no public call."""
+"""What the cluster's nodes hold, what they have free and which are about to go, and what a job reserves of them; much of it
+without a public call of Ray's."""
 
+import ray
 from ray._private import state
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from mdt_ray.config import WorkersConfig
 
@@ -22,3 +26,16 @@ def num_fitting(resources: dict[str, float], workers: WorkersConfig) -> int:
     need = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
     # Ray counts in units of 1e-4: 0.3 CPUs hold three workers of 0.1, whatever the quotient of floats.
     return int(min(resources.get(name, 0) / amount for name, amount in need.items() if amount) + 1e-6)
+
+
+def reserved() -> set[str]:
+    """Ids of this job's placement groups. (They end with the id of the job.)"""
+    job = ray.get_runtime_context().get_job_id()
+    return {name for name, group in placement_group_table().items()
+            if name.endswith(job) and group["state"] != "REMOVED"}
+
+
+def release(groups: set[str]) -> None:
+    """Give back what placement groups hold, and end what runs in them."""
+    for name in groups:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))

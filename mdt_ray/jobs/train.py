@@ -16,6 +16,7 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
@@ -225,10 +226,16 @@ def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers
 
 
 def _fit(trainer: TorchTrainer) -> None:
+    held = nodes.reserved()
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from None
+    except RayActorError:
+        # Of Ray Train's controller. What it had reserved for workers that were about to start would stay reserved. (In a
+        # sweep that of trials that started since goes too, and they start again.)
+        nodes.release(nodes.reserved() - held)
+        raise
 
 
 def _cause(error: ray.train.TrainingFailedError) -> BaseException:

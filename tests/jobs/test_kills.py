@@ -142,6 +142,23 @@ def test_train_goes_on_after_a_kill(folder, latents, environment, victim):
     assert harness.leftovers(killed) == []
 
 
+@pytest.mark.slow
+def test_what_a_lost_controller_had_reserved_is_given_back(folder, latents, environment):
+    """Killed while its workers start: nobody but the driver knows of their placement group then."""
+    from ray.util import placement_group_table
+
+    def starting() -> bool:
+        return any(group["state"] == "CREATED" for group in placement_group_table().values())
+
+    output = folder / "lost-controller"
+    code = harness.run_and_kill(["train", "--latents", latents, "--output", str(output), *TRAIN, "--num-steps", "5",
+                                 "--workers.num-workers", "2", "--workers.cpus-per-worker", "2"], environment,
+                                when=starting, victim="TrainController")  # there is no room for two more
+    assert code == 0
+    assert checkpoints.newest_step(str(output)) == 5
+    assert harness.open_placement_groups() == []
+
+
 @pytest.fixture(scope="module")
 def straight_evaluate(folder, checkpoint) -> list[str]:
     """An undisturbed evaluation; returns its command, of which the last word is the output."""
