@@ -39,7 +39,7 @@ RUN_SECONDS = 400.0
 """For a command to end, or what it started to be gone."""
 ATTEMPTS = 3
 """Commands, the first one included, until a job must be done."""
-NUM_STEPS = 30
+NUM_STEPS = 25
 """Of a training."""
 WORKERS = {"precompute": ("ray::MapWorker", "ray::decode_piece", "ray::read_chunk"),
            "train": ("ray::RayTrainWorker", "ray::TrainController"), "tune": ("ray::ImplicitFunc",),
@@ -90,8 +90,8 @@ class Chaos:
                       "--log-every-steps", "5", "--precision", "fp32", "--workers.num-workers", "2",
                       "--workers.cpus-per-worker", "1.5"],  # no two fit on one host
             "tune": ["--train.latents", latents, "--train.num-steps", "15", "--train.checkpoint-every-steps", "5",
-                     "--evaluate.num-samples", "50", "--max-trials", "3"],
-            "evaluate": ["--checkpoint", trained, "--num-samples", "200", "--chunk-size", "20", "--workers.num-workers",
+                     "--evaluate.num-samples", "50", "--max-trials", "2"],
+            "evaluate": ["--checkpoint", trained, "--num-samples", "240", "--chunk-size", "40", "--workers.num-workers",
                          "2"],
         }[job]
         return [job, "digits", "--output", self.uri(output), *words]
