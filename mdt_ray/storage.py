@@ -84,7 +84,7 @@ def base(uri: str) -> str:
 
 def exists(uri: str) -> bool:
     fs, path = resolve(uri)
-    return _patiently(fs, lambda: fs.get_file_info(path)).type != pafs.FileType.NotFound
+    return patiently(fs, lambda: fs.get_file_info(path)).type != pafs.FileType.NotFound
 
 
 def list_names(uri: str) -> list[str]:
@@ -99,7 +99,7 @@ def list_sizes(uri: str) -> dict[str, int]:
 
 def _children(uri: str) -> list[pafs.FileInfo]:
     fs, path = resolve(uri)
-    return _patiently(fs, lambda: fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
+    return patiently(fs, lambda: fs.get_file_info(pafs.FileSelector(path, allow_not_found=True)))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -110,10 +110,10 @@ def read_bytes(uri: str) -> bytes:
         with fs.open_input_stream(path) as stream:
             return stream.read()
 
-    return _patiently(fs, read)
+    return patiently(fs, read)
 
 
-def _patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
+def patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
     """What `call` returns; from a store that does not answer, or breaks off, also after some time. (The SDKs' own patience
     is a few seconds where connections are refused.)"""
     for pause in () if isinstance(fs, pafs.LocalFileSystem) else RETRY_SECONDS:
@@ -187,7 +187,7 @@ def _upload(fs: pafs.FileSystem, file: Path, path: str) -> None:
 
 def _write_object(fs: pafs.FileSystem, path: str, parts: Callable[[], Iterable[bytes]], size: int) -> None:
     def facts() -> tuple[int | None, int | None]:
-        info = _patiently(fs, lambda: fs.get_file_info(path))
+        info = patiently(fs, lambda: fs.get_file_info(path))
         return info.size, info.mtime_ns
 
     def write() -> None:
@@ -197,7 +197,7 @@ def _write_object(fs: pafs.FileSystem, path: str, parts: Callable[[], Iterable[b
 
     before = facts()
     try:
-        _patiently(fs, write)
+        patiently(fs, write)
     finally:
         # A stream that is closed after a failed write may have completed an upload that lacks its end.
         after = facts()
@@ -223,7 +223,7 @@ def write_json(uri: str, value: Any) -> None:
 def move(uri: str, target: str) -> None:
     """Rename a file on the same filesystem."""
     fs, path = resolve(uri)
-    _patiently(fs, lambda: fs.move(path, resolve(target)[1]))
+    patiently(fs, lambda: fs.move(path, resolve(target)[1]))
 
 
 def write_table(uri: str, table: pa.Table, **options: Any) -> None:
@@ -249,7 +249,7 @@ def remove(uri: str) -> None:
         elif kind == pafs.FileType.File:
             fs.delete_file(path)
 
-    _patiently(fs, delete)
+    patiently(fs, delete)
 
 
 def _temporary(path: str) -> str:

@@ -151,7 +151,7 @@ def _open_parquet(folder: str, name: str) -> Iterator[pq.ParquetFile]:
     """Raises ValueError for what is no Parquet file."""
     fs, path = storage.resolve_below(folder, name)
     try:
-        file = pq.ParquetFile(path, filesystem=fs)
+        file = storage.patiently(fs, lambda: pq.ParquetFile(path, filesystem=fs))
     except (OSError, ValueError) as error:
         raise ValueError(f"{storage.join(folder, name)}: not a readable Parquet file ({error})") from error
     with file:
@@ -225,16 +225,21 @@ def write_parts(uri: str, listing: Listing, parts: Sequence[np.ndarray]) -> None
 def read_parts(uri: str, parts: Sequence[int] | None = None) -> tuple[pa.Table, list[int], list[str]]:
     """What `write_parts` wrote: rows (of all parts, or of some), the number of rows of each part, and the class names.
 
-    Raises FileNotFoundError, and ValueError naming a damaged file.
+    Raises FileNotFoundError, OSError where the store does not answer, and ValueError naming a damaged file.
     """
     fs, path = storage.resolve(uri)
-    try:
+
+    def read() -> tuple[pa.Table, list[int], list[str]]:
         with fs.open_input_file(path) as handle:
             file = pq.ParquetFile(handle)
             rows = file.read() if parts is None else file.read_row_groups(list(parts))
             sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
             return rows, sizes, json.loads(file.schema_arrow.metadata[b"mdt_ray.class_names"])
+
+    try:
+        return storage.patiently(fs, read)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
+        storage.read_bytes(uri)  # where that fails too, it is the store, and nothing is known of the file
         raise ValueError(f"{uri}: damaged ({error}); delete it and run the same command again") from error

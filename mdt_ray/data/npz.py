@@ -63,7 +63,7 @@ def open_file(uri: str) -> Iterator[pa.NativeFile]:
     """A file to seek in. Raises ValueError where it is not there or cannot be read, also later."""
     try:
         fs, path = storage.resolve(uri)
-        with fs.open_input_file(path) as file:
+        with storage.patiently(fs, lambda: fs.open_input_file(path)) as file:
             yield file
     except FileNotFoundError as error:
         raise ValueError(f"{uri}: no such file; check the path") from error

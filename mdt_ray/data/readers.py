@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mdt_ray import storage
@@ -136,12 +137,20 @@ def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array
             continue
         first, stop = int(numbers[run[0]]), int(numbers[run[-1]]) + 1
         fs, path = storage.resolve_below(folder, files[run[0]])
-        try:
-            with fs.open_input_file(path) as handle:
-                yield from _row_range(pq.ParquetFile(handle, buffer_size=STREAM_BYTES, pre_buffer=False), first, stop, size)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{storage.join(folder, files[run[0]])}: rows {first}..{stop} are not readable ({error}); copy "
-                             "the file again") from error
+        waits = [] if isinstance(fs, pafs.LocalFileSystem) else list(storage.RETRY_SECONDS)
+        while True:  # again from where it broke off
+            try:
+                with fs.open_input_file(path) as handle:
+                    file = pq.ParquetFile(handle, buffer_size=STREAM_BYTES, pre_buffer=False)
+                    for part in _row_range(file, first, stop, size):
+                        first += len(part)
+                        yield part
+                break
+            except (OSError, ValueError) as error:
+                if isinstance(error, FileNotFoundError | ValueError) or not waits:
+                    raise ValueError(f"{storage.join(folder, files[run[0]])}: rows {first}..{stop} are not readable "
+                                     f"({error}); copy the file again") from error
+                time.sleep(waits.pop(0))
 
 
 def _row_range(file: pq.ParquetFile, first: int, stop: int, size: int) -> Iterator[pa.Array]:

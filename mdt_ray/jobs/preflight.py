@@ -167,7 +167,7 @@ def _try_latents(folder: str, file: LatentFile, content: str) -> list[tuple[str,
     uri = storage.join(folder, file.name)
     try:
         fs, path = storage.resolve(uri)
-        with fs.open_input_file(path) as handle:
+        with storage.patiently(fs, lambda: fs.open_input_file(path)) as handle:
             damage = latents.damage_of(file, {file.name: handle.size()})
             if not damage:
                 handle.read(4)
