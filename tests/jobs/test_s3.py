@@ -145,7 +145,10 @@ def test_what_is_not_there_is_named(store):
         precompute(PrecomputeConfig(source=store.uri("x").replace("pictures", "no-such-bucket"), output=store.uri("out")))
 
 
-def test_a_store_that_is_down_is_an_error_that_says_so(tmp_path):
+def test_a_store_that_is_down_is_an_error_that_says_so(monkeypatch):
+    for name, value in s3.KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", (1.0,))
     with s3.serve() as store:
         uri = store.uri("x.bin")
         storage.write_bytes(uri, b"there")
