@@ -111,7 +111,8 @@ def test_a_trial_of_several_workers_is_that_of_one(latents, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("scheduler", ["asha", pytest.param("median", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", ["asha", "median"])
 def test_trials_that_do_not_learn_end_early_and_stay_so(latents, tmp_path, scheduler):
     """Learning rates from good to none, and one that fails, one trial after the other, so that each is compared with those
     before."""
