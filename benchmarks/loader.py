@@ -41,7 +41,7 @@ def write_latents(folder: Path, num_files: int) -> None:
     moments = np.random.default_rng(0).normal(size=(4096, 2, *SHAPE)).astype(np.float16)
     table = latents.encode_table([str(i) for i in range(4096)], [i % 1000 for i in range(4096)], moments, None, 0.0, {})
     first = latents.write_file(str(folder), "chunk-00000.parquet", table, 128)
-    files = [dataclasses.replace(first, name=f"chunk-{number:05d}.parquet") for number in range(num_files)]
+    files = [dataclasses.replace(first, name=latents.file_name(number)) for number in range(num_files)]
     for file in files[1:]:
         os.link(folder / first.name, folder / file.name)
     latents.write_manifest(str(folder), latents.Manifest(

@@ -294,7 +294,7 @@ def _write_latents(folder: Path, moments: np.ndarray, rows_per_group: int) -> No
     for number, part in enumerate(np.split(moments, len(moments) // 4096 or 1)):
         rows = range(number * len(part), (number + 1) * len(part))
         table = latents.encode_table([str(i) for i in rows], [i % 1000 for i in rows], part, None, 0.0, {})
-        files.append(latents.write_file(str(folder), f"chunk-{number}.parquet", table, rows_per_group))
+        files.append(latents.write_file(str(folder), latents.file_name(number), table, rows_per_group))
     latents.write_manifest(str(folder), latents.Manifest(
         identity="", shape=[4, 32, 32], image_size=256, vae={}, num_classes=1000, class_counts=[0] * 1000,
         class_names=[""] * 1000, flip=False, files=files))

@@ -92,7 +92,7 @@ def files(quick: bool) -> dict[str, float]:
 def _folder_of(folder: str, count: int, prefix: str) -> dict[str, float]:
     """Seconds of what a driver does with so many files."""
     data = b"x" * 64
-    listed = [LatentFile(name=f"chunk-{k:05d}.parquet", num_rows=64, num_bytes=len(data), sha256=storage.sha256(data),
+    listed = [LatentFile(name=latents.file_name(k), num_rows=64, num_bytes=len(data), sha256=storage.sha256(data),
                          rows_per_group=64, validation_rows=[5]) for k in range(count)]
     manifest = Manifest(identity="x", shape=[4, 32, 32], image_size=256, vae={}, num_classes=1, class_counts=[64 * count],
                         class_names=["x"], flip=False, files=listed)

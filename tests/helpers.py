@@ -33,7 +33,7 @@ def make_latents(folder: Path, num_images: int = 100, num_files: int = 2, side: 
         mirrored = moments[..., ::-1] if flip else None
         table = latents.encode_table([f"image-{row:05d}" for row in rows], labels, moments, mirrored, validation_share,
                                      {"shape": [4, side, side]})
-        files.append(latents.write_file(str(folder), f"chunk-{number:05d}.parquet", table, rows_per_group=16))
+        files.append(latents.write_file(str(folder), latents.file_name(number), table, rows_per_group=16))
     manifest = Manifest(identity="test", shape=[4, side, side], image_size=32, num_classes=num_classes, flip=flip,
                         vae={"path": "digits", "revision": None, "scale": 1.0, "shift": 0.0, "weights_hash": "none"},
                         class_counts=[num_images // num_classes] * num_classes,

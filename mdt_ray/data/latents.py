@@ -82,6 +82,11 @@ class Manifest:
         return config_io.fingerprint([f.sha256 for f in self.files])
 
 
+def file_name(chunk: int) -> str:
+    """Of a chunk's file: what FILE_NAME knows."""
+    return f"chunk-{chunk:05d}.parquet"
+
+
 def split_of(image_id: str, validation_share: float) -> str:
     """`validation` for a fixed share of ids, by hash, else `train`."""
     place = int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "big") / 2**64

@@ -147,7 +147,7 @@ class Encoder:
                  "precision": config.precision, "schema_version": latents.SCHEMA_VERSION}
         table = latents.encode_table(ids, labels, moments[:, 0], moments[:, 1] if config.flip else None,
                                      config.validation_share, facts)
-        file = latents.write_file(config.output, f"chunk-{chunk:05d}.parquet", table, config.rows_per_group)
+        file = latents.write_file(config.output, latents.file_name(chunk), table, config.rows_per_group)
         return {"run": self.run_name, "file": asdict(file), "shape": facts["shape"], "vae": vae,
                 "class_counts": Counter(labels), "sums": latents.sums(moments[:, 0])}
 

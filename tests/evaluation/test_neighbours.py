@@ -30,7 +30,7 @@ def write(folder, means: np.ndarray, std: float | np.ndarray = 0.05, mirrored: n
     for number, rows in enumerate(np.array_split(np.arange(len(means)), 2)):
         table = latents.encode_table([f"image-{row}" for row in rows], [int(row) % 7 for row in rows], moments[rows],
                                      None if flipped is None else flipped[rows], validation_share, {})
-        files.append(latents.write_file(str(folder), f"chunk-{number:05d}.parquet", table, rows_per_group))
+        files.append(latents.write_file(str(folder), latents.file_name(number), table, rows_per_group))
     manifest = Manifest(identity="test", shape=list(means.shape[1:]), image_size=32, num_classes=7,
                         flip=flipped is not None, vae=vae or {"scale": SCALE, "shift": SHIFT, "weights_hash": "none"},
                         class_counts=[0] * 7, class_names=list("abcdefg"), files=files)
