@@ -116,7 +116,7 @@ def read_bytes(uri: str) -> bytes:
 def patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
     """What `call` returns; from a store that does not answer, or breaks off, also after some time. (The SDKs' own patience
     is a few seconds where connections are refused.)"""
-    for pause in () if isinstance(fs, pafs.LocalFileSystem) else RETRY_SECONDS:
+    for pause in waits(fs):
         try:
             return call()
         except FileNotFoundError:
@@ -127,6 +127,11 @@ def patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
             logger.warning("%s; trying again in %.0f s", error, pause)
             time.sleep(pause)
     return call()
+
+
+def waits(fs: pafs.FileSystem) -> tuple[float, ...]:
+    """Seconds to wait before each further try; a disk has failed for good the first time."""
+    return () if isinstance(fs, pafs.LocalFileSystem) else RETRY_SECONDS
 
 
 def read_json(uri: str) -> Any:
@@ -141,10 +146,11 @@ def read_json(uri: str) -> Any:
 def write_bytes(uri: str, data: bytes) -> None:
     """Create or replace a file, whole. Raises OSError naming the file and what to do, with nothing half-written left."""
     fs, path = resolve(uri)
-    with _naming(uri):
-        if isinstance(fs, pafs.LocalFileSystem):
-            _write_local(path, data)
-        else:
+    if isinstance(fs, pafs.LocalFileSystem):
+        with create_file(uri) as file:
+            file.write_bytes(data)
+    else:
+        with _naming(uri):
             _write_object(fs, path, lambda: [data], len(data))
 
 
@@ -152,19 +158,26 @@ def write_bytes(uri: str, data: bytes) -> None:
 def create_file(uri: str) -> Iterator[Path]:
     """A local path to write a file of any size at, piece by piece; it becomes the file at `uri`, whole, where the block ends
     without an error, and else is deleted. Raises OSError as `write_bytes`."""
+    with _made_apart(uri) as (fs, path, temporary):
+        yield temporary
+        if isinstance(fs, pafs.LocalFileSystem):
+            os.replace(temporary, path)
+        else:
+            _upload(fs, temporary, path)
+
+
+@contextmanager
+def _made_apart(uri: str) -> Iterator[tuple[pafs.FileSystem, str, Path]]:
+    """The filesystem and path of a file or folder to come, and a local path to make it at, where nothing stays."""
     fs, path = resolve(uri)
-    is_there = isinstance(fs, pafs.LocalFileSystem)
-    temporary = Path(_temporary(path)) if is_there else _scratch()
+    path = path.rstrip("/")
+    temporary = Path(_temporary(path)) if isinstance(fs, pafs.LocalFileSystem) else _scratch()
     try:
         with _naming(uri):
             temporary.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            if is_there:
-                os.replace(temporary, path)
-            else:
-                _upload(fs, temporary, path)
+            yield fs, path, temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
 
 
 @contextmanager
@@ -204,16 +217,6 @@ def _write_object(fs: pafs.FileSystem, path: str, parts: Callable[[], Iterable[b
         if after[0] is not None and after[0] != size and after != before:
             fs.delete_file(path)
             raise OSError(f"{after[0]} bytes arrived of {size}")
-
-
-def _write_local(path: str, data: bytes) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        Path(temporary).write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -294,27 +297,21 @@ def create_folder(uri: str, *, last: str) -> Iterator[Path]:
     """A local folder to write files in, piece by piece; it becomes the folder at `uri`, in place of one that is there, where
     the block ends without an error, and else is deleted. The file `last` arrives after all others and marks it as whole.
     Raises OSError as `write_bytes`."""
-    fs, path = resolve(uri)
-    is_there, path = isinstance(fs, pafs.LocalFileSystem), path.rstrip("/")
-    temporary = Path(_temporary(path)) if is_there else _scratch()
-    try:
-        with _naming(uri):
-            temporary.mkdir(parents=True)
-            try:
-                yield temporary
-            except Exception as error:  # what writes weights has errors of its own for a full disk
-                if isinstance(error, OSError) or shutil.disk_usage(temporary).free > FULL_BYTES:
-                    raise
-                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} at {temporary.parent}") from error
-            if is_there:
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(temporary, path)
-            else:
-                files = (f for f in temporary.rglob("*") if f.is_file())
-                for file in sorted(files, key=lambda f: (f.name == last, str(f))):
-                    _upload(fs, file, f"{path}/{file.relative_to(temporary).as_posix()}")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _made_apart(uri) as (fs, path, temporary):
+        temporary.mkdir()
+        try:
+            yield temporary
+        except Exception as error:  # what writes weights has errors of its own for a full disk
+            if isinstance(error, OSError) or shutil.disk_usage(temporary).free > FULL_BYTES:
+                raise
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} at {temporary.parent}") from error
+        if isinstance(fs, pafs.LocalFileSystem):
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+        else:
+            files = (f for f in temporary.rglob("*") if f.is_file())
+            for file in sorted(files, key=lambda f: (f.name == last, str(f))):
+                _upload(fs, file, f"{path}/{file.relative_to(temporary).as_posix()}")
 
 
 def fetch_folder(uri: str, local: str | Path) -> Path:

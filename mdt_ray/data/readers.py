@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mdt_ray import storage
@@ -137,7 +136,7 @@ def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array
             continue
         first, stop = int(numbers[run[0]]), int(numbers[run[-1]]) + 1
         fs, path = storage.resolve_below(folder, files[run[0]])
-        waits = [] if isinstance(fs, pafs.LocalFileSystem) else list(storage.RETRY_SECONDS)
+        waits = list(storage.waits(fs))
         while True:  # again from where it broke off
             try:
                 with fs.open_input_file(path) as handle:
