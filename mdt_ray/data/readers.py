@@ -165,8 +165,9 @@ def _row_range(file: pq.ParquetFile, first: int, stop: int, size: int) -> Iterat
         low, high = max(first - at, 0), min(stop - at, len(images))
         if low < high:
             part = images.slice(low, high - low).cast(pa.large_binary())
-            too_large = pc.greater(pc.fill_null(pc.binary_length(part), 0), MAX_PICTURE_BYTES)
-            yield pc.if_else(too_large, b"", part) if pc.any(too_large).as_py() else part
+            if part.nbytes > MAX_PICTURE_BYTES:  # else none of them is
+                part = pc.if_else(pc.greater(pc.binary_length(part), MAX_PICTURE_BYTES), b"", part)
+            yield part
         at += len(images)
         if at >= stop:
             return
