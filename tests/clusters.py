@@ -30,16 +30,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextlib.contextmanager
-def head(folder: Path, num_cpus: int = 3, **variables: str) -> Iterator[Head]:
-    """Start one, and end all its processes. `variables` are set in its processes, not in the laptop's environment."""
+def environment(folder: Path) -> dict[str, str]:
+    """For all who talk to a Ray with a token of its own, a file in `folder`; jobs there run `python`."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    outside = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    # (Its jobs run `python`.)
-    outside |= {"PATH": f"{RAY.parent}:{os.environ['PATH']}"}
-    outside |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "PATH": f"{RAY.parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@contextlib.contextmanager
+def head(folder: Path, num_cpus: int = 3, **variables: str) -> Iterator[Head]:
+    """Start one, and end all its processes. `variables` are set in its processes, not in the laptop's environment."""
+    outside = environment(folder)
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as sessions:  # sockets: short
         process = subprocess.Popen(

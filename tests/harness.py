@@ -19,10 +19,15 @@ from mdt_ray import cli
 RAY = Path(sys.executable).parent / "ray"
 
 
-def run(arguments: list[str], environment: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess:
-    """`mdt-ray <arguments>` to its end; raises AssertionError with its output unless it exits with 0."""
-    done = subprocess.run([sys.executable, "-m", "mdt_ray.cli", *arguments], env=environment, capture_output=True, text=True,
+def attempt(arguments: list[str], environment: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess:
+    """`mdt-ray <arguments>` to its end, whatever that is."""
+    return subprocess.run([sys.executable, "-m", "mdt_ray.cli", *arguments], env=environment, capture_output=True, text=True,
                           timeout=timeout)
+
+
+def run(arguments: list[str], environment: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess:
+    """The same; raises AssertionError with its output unless it exits with 0."""
+    done = attempt(arguments, environment, timeout)
     assert done.returncode == 0, f"mdt-ray {' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
     return done
 
@@ -31,6 +36,15 @@ def run_here(arguments: list[str]) -> str:
     """The same in this process, for undisturbed runs: saves the seconds that imports take. Returns the last line."""
     job, *rest = arguments
     return cli.run(job, cli.parse(job, rest).settings)
+
+
+def wait_until(moment: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Wait for a moment in a process's life; raises AssertionError where it ends, or time runs out, before."""
+    end = time.monotonic() + seconds
+    while not moment():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
 
 
 def run_and_kill(arguments: list[str], environment: dict[str, str], when: Callable[[], bool],

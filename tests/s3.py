@@ -11,9 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.fs as pafs
+import pytest
 
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
 BUCKET = "pictures"
+
+
+def give_keys(patch: pytest.MonkeyPatch) -> None:
+    """Put KEYS into this process's environment for as long as a test runs."""
+    for name, value in KEYS.items():
+        patch.setenv(name, value)
 
 
 class Store:
@@ -32,6 +39,11 @@ class Store:
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
             with self.fs.open_output_stream(f"{BUCKET}/{path}/{file.relative_to(folder)}") as stream:
                 stream.write(file.read_bytes())
+
+    def download(self, path: str, folder: Path) -> None:
+        for name, data in self.objects(path).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
 
     def objects(self, path: str) -> dict[str, bytes]:
         """Content of the objects below a path, by name, without those that go away meanwhile."""

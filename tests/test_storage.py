@@ -13,11 +13,6 @@ from mdt_ray import storage
 from tests import s3
 
 
-def _keys(monkeypatch) -> None:
-    for name, value in s3.KEYS.items():
-        monkeypatch.setenv(name, value)
-
-
 def test_write_replaces_and_leaves_nothing_else(tmp_path):
     uri = str(tmp_path / "a" / "b.bin")
     storage.write_bytes(uri, b"one")
@@ -76,7 +71,7 @@ def test_what_a_killed_maker_left_is_cleared(tmp_path):
 
 
 def test_a_file_goes_to_a_store_in_parts(tmp_path, monkeypatch):
-    _keys(monkeypatch)
+    s3.give_keys(monkeypatch)
     monkeypatch.setattr(storage, "UPLOAD_BYTES", 1000)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     data = bytes(range(256)) * 41
@@ -114,7 +109,7 @@ def test_folders_are_created_whole(tmp_path):
 
 
 def test_folders_in_a_store_are_created_whole(monkeypatch):
-    _keys(monkeypatch)
+    s3.give_keys(monkeypatch)
     with s3.serve() as store:
         with pytest.raises(OSError, match=r"folder\?.*: could not be written"):
             _fill(store.uri("folder"), OSError("bad"))
@@ -162,7 +157,7 @@ def test_remove_takes_files_folders_and_nothing(tmp_path):
 
 def test_a_store_that_refuses_for_a_while_loses_nothing(monkeypatch):
     """Longer than the SDK itself tries (some 6 s): what is there stays, and the write comes after all."""
-    _keys(monkeypatch)
+    s3.give_keys(monkeypatch)
     monkeypatch.setattr(storage, "RETRY_SECONDS", ())
     with s3.serve() as store, s3.forwarded(store) as line:
         storage.write_bytes(line.uri("a/lock.json"), b"of old, and longer")
@@ -180,7 +175,7 @@ def test_a_store_that_refuses_for_a_while_loses_nothing(monkeypatch):
 
 def test_a_write_that_broke_off_leaves_no_part_of_it(monkeypatch):
     """The stream completes an upload when it is closed, whatever went wrong before."""
-    _keys(monkeypatch)
+    s3.give_keys(monkeypatch)
     monkeypatch.setattr(storage, "RETRY_SECONDS", ())
     with s3.serve() as store, storage.create_file(store.uri("a/y")) as path:
         path.write_bytes(b"whole")
@@ -196,7 +191,7 @@ def test_a_write_that_broke_off_leaves_no_part_of_it(monkeypatch):
 
 
 def test_what_killed_writers_left_on_this_machine_is_deleted(tmp_path, monkeypatch):
-    _keys(monkeypatch)
+    s3.give_keys(monkeypatch)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = ("import os\nfrom mdt_ray import storage\n"
             "with storage.create_folder(os.environ['URI'], last='x') as folder:\n"

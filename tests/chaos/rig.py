@@ -8,7 +8,6 @@ of a real Ray behind a token, killed by real signals.
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from tests import s3
+from tests import clusters, s3
 from tests.clusters import free_port
 from tests.conftest import ROOT
 from tests.harness import RAY
@@ -93,16 +92,11 @@ class Rig:
         self.hosts = [self._host(i, cpus if i else 0) for i in range(workers + 1)]
         self.store_host = self._host(workers + 1, 0)
         self.port, self.dashboard = (6379, 8265) if self.is_network else (free_port(), free_port())
-        token = folder / "token"
-        self.token = secrets.token_hex(32)
-        token.write_text(self.token)
-        token.chmod(0o600)
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | s3.KEYS | {
-            "PATH": f"{RAY.parent}:{os.environ['PATH']}",  # jobs run `python`
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0",
+        self.environment = clusters.environment(folder) | s3.KEYS | {
             # A node is given up after so many failed looks: a cable pulled for ten seconds is no lost node.
             "RAY_health_check_failure_threshold": "8", "RAY_health_check_period_ms": "2000",
             "RAY_health_check_timeout_ms": "2000"}
+        self.token = Path(self.environment["RAY_AUTH_TOKEN_PATH"])
         self.sessions = tempfile.mkdtemp(prefix="rig-", dir="/tmp")  # sockets: short
         self.address = f"http://{self.hosts[0].address}:{self.dashboard}"
         self.stack = contextlib.ExitStack()
@@ -184,7 +178,7 @@ class Rig:
     def listed(self, what: str) -> list[dict]:
         """`nodes` or `placement_groups`, as the dashboard lists them."""
         request = urllib.request.Request(f"{self.address}/api/v0/{what}?limit=10000",
-                                         headers={"Authorization": f"Bearer {self.token}"})
+                                         headers={"Authorization": f"Bearer {self.token.read_text()}"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)["data"]["result"]["result"]
 

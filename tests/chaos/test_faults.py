@@ -53,12 +53,6 @@ def command(job: str, output: Path | str, straight: Path) -> list[str]:
     return [job, "digits", "--output", str(output), *words, *([] if job == "train" else ["--workers.num-workers", "1"])]
 
 
-def tried(arguments: list[str], environment: dict[str, str], timeout: float = 240) -> subprocess.CompletedProcess:
-    """`mdt-ray <arguments>` to its end, whatever that is."""
-    return subprocess.run([sys.executable, "-m", "mdt_ray.cli", *arguments], env=environment, capture_output=True, text=True,
-                          timeout=timeout)
-
-
 def last_line(done: subprocess.CompletedProcess) -> str:
     return done.stderr.strip().splitlines()[-1]
 
@@ -89,7 +83,7 @@ def disk(folder: Path, size: str) -> Iterator[None]:
 def test_on_a_full_disk_a_job_says_so_and_goes_on_when_there_is_room(straight, tmp_path, environment, job, size):
     folder = tmp_path / "disk"
     with disk(folder, size):
-        done = tried(command(job, folder / "out", straight), environment)
+        done = harness.attempt(command(job, folder / "out", straight), environment)
         assert done.returncode == 1, done.stderr[-2000:]
         assert "No space left on device" in last_line(done)
         assert "make room" in last_line(done)
@@ -97,7 +91,7 @@ def test_on_a_full_disk_a_job_says_so_and_goes_on_when_there_is_room(straight, t
         assert harness.leftovers(folder) == []
         finished = harness.files(folder / "out", "chunk*/**/*")
         subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
-        done = tried(command(job, folder / "out", straight), environment)
+        done = harness.attempt(command(job, folder / "out", straight), environment)
         assert done.returncode == 0, done.stderr[-2000:]
         assert same(job, folder / "out", straight) == []
         assert harness.files(folder / "out", "chunk*/**/*").items() >= finished.items()
@@ -146,10 +140,10 @@ def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_started_again(stra
     with clusters.head(tmp_path, num_cpus=4, **THREADS) as head, cell(8 * 2**20) as small:
         process = submitted(head, command(job, output, straight))
         title = {"train": "ray::RayTrainWorker"}.get(job, "ray::MapWorker")
-        wait_until(lambda: processes(title, head) and any(output.glob("run.json")), process)
+        harness.wait_until(lambda: processes(title, head) and any(output.glob("run.json")), process)
         victim = processes(title, head)[0]
         small.write_text(str(victim.pid))
-        wait_until(lambda: not victim.is_running(), process)
+        harness.wait_until(lambda: not victim.is_running(), process)
         text, _ = process.communicate(timeout=240)
     assert process.returncode == 0, text
     assert same(job, output, straight) == []
@@ -165,12 +159,12 @@ def test_where_ray_kills_all_for_want_of_memory_the_same_command_goes_on(straigh
     with clusters.head(tmp_path, num_cpus=4, RAY_memory_usage_threshold=f"{threshold:.3f}",
                        RAY_memory_monitor_refresh_ms="100", **THREADS) as head:
         process = submitted(head, command(job, output, straight))
-        wait_until(lambda: any(output.glob("chunks/*")), process)
+        harness.wait_until(lambda: any(output.glob("chunks/*")), process)
         before = {p.pid for p in processes("ray::MapWorker", head)}
         missing = int((threshold + 0.02 - used()) * total)
         balloon = subprocess.Popen([sys.executable, "-c", BALLOON, str(missing)])
         try:
-            wait_until(lambda: before - {p.pid for p in processes("ray::MapWorker", head)}, process)
+            harness.wait_until(lambda: before - {p.pid for p in processes("ray::MapWorker", head)}, process)
         finally:
             balloon.kill()
             balloon.wait()
@@ -199,14 +193,6 @@ def processes(title: str, head: clusters.Head) -> list[psutil.Process]:
     return found
 
 
-def wait_until(moment, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not moment():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end, "the moment did not come"
-        time.sleep(0.05)
-
-
 # An object store that is full
 
 
@@ -227,7 +213,7 @@ def test_jobs_run_while_the_object_store_is_full_and_spills(straight, tmp_path):
         held = subprocess.Popen([harness.RAY, "job", "submit", "--address", head.address, "--", sys.executable, str(hog),
                                  str(tmp_path / "full")], env=head.environment, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True)
-        wait_until((tmp_path / "full").exists, held)
+        harness.wait_until((tmp_path / "full").exists, held)
         for job in ("precompute", "train", "evaluate"):
             process = submitted(head, command(job, tmp_path / job, straight))
             text, _ = process.communicate(timeout=300)
@@ -255,9 +241,7 @@ def test_of_two_drivers_on_one_folder_one_writes(straight, tmp_path, environment
             [text] = [text for text, driver in zip(texts, drivers, strict=True) if driver.returncode]
             assert "is being written by process" in text or "another run has taken over" in text
         if store:
-            for name, data in store.objects("out").items():
-                (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / "out" / name).write_bytes(data)
+            store.download("out", tmp_path / "out")
     assert same(job, tmp_path / "out", straight) == []
 
 
@@ -274,25 +258,25 @@ def test_damaged_latents_are_named_and_precompute_mends_them(straight, tmp_path,
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:200] + b"x" + whole[201:] if data is None else data)
     arguments = ["train", "digits", "--latents", str(folder), "--output", str(tmp_path / "out"), *TRAIN, "--num-steps", "2"]
-    done = tried(arguments, environment)
+    done = harness.attempt(arguments, environment)
     if data is not None:  # bytes in the middle that changed show when they are read, if at all
         assert done.returncode == 1
         assert name in last_line(done)
         assert "mdt-ray precompute" in last_line(done)
-    mended = tried(command("precompute", folder, straight), environment)
+    mended = harness.attempt(command("precompute", folder, straight), environment)
     if mended.returncode:
         assert name in last_line(mended)
         assert "delete it" in last_line(mended)
         (folder / name).unlink()
-        mended = tried(command("precompute", folder, straight), environment)
+        mended = harness.attempt(command("precompute", folder, straight), environment)
     assert mended.returncode == 0, mended.stderr
     if data is None:
-        verified = tried(["latents", "verify", str(folder)], environment)
+        verified = harness.attempt(["latents", "verify", str(folder)], environment)
         assert verified.returncode == 1
         assert name in verified.stdout + verified.stderr
-        assert tried(command("precompute", folder, straight), environment).returncode == 0
+        assert harness.attempt(command("precompute", folder, straight), environment).returncode == 0
     assert same("precompute", folder, straight) == []
-    assert tried(arguments, environment).returncode == 0
+    assert harness.attempt(arguments, environment).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["state.json", "optimizer.pt", "model/diffusion_pytorch_model.safetensors",
@@ -303,7 +287,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(straight, tmp
     newest = Path(checkpoints.latest(str(output)))
     data = (newest / name).read_bytes()
     (newest / name).write_bytes(data[: len(data) // 2])
-    done = tried(command("train", output, straight), environment)
+    done = harness.attempt(command("train", output, straight), environment)
     assert done.returncode == 0, done.stderr
     assert str(newest) in done.stderr
     assert same("train", output, straight) == []
@@ -316,9 +300,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(straight, tmp
 def test_a_slow_store_changes_nothing(straight, tmp_path, environment, job):
     """A fifth of a second for each packet of at most 64 kB there and back."""
     with s3.serve() as store, s3.forwarded(store, 0.1) as slow:
-        done = tried(command(job, slow.uri("out"), straight), environment, timeout=400)
+        done = harness.attempt(command(job, slow.uri("out"), straight), environment, timeout=400)
         assert done.returncode == 0, done.stderr[-2000:]
-        for name, data in store.objects("out").items():
-            (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "out" / name).write_bytes(data)
+        store.download("out", tmp_path / "out")
     assert same(job, tmp_path / "out", straight) == []

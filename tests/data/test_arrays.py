@@ -311,8 +311,7 @@ def test_writing_holds_a_part_at_a_time(tmp_path):
 
 
 def test_in_an_object_store(tmp_path, monkeypatch, save):
-    for name, value in s3.KEYS.items():
-        monkeypatch.setenv(name, value)
+    s3.give_keys(monkeypatch)
     shape = (60, 256, 256, 3)  # 12 MB: several blocks and parts of an upload
     images = pictures(shape)
     with s3.serve() as store:

@@ -230,8 +230,7 @@ def test_an_error_while_fetching_is_raised_at_the_step_that_needs_it(folder):
 
 
 def test_batches_from_an_object_store_equal_those_from_disk(folder, monkeypatch):
-    for name, value in s3.KEYS.items():
-        monkeypatch.setenv(name, value)
+    s3.give_keys(monkeypatch)
     with s3.serve() as store:
         store.upload(folder, "latents")
         uri = store.uri("latents")

@@ -399,8 +399,7 @@ def test_labels_of_any_length_are_not_read_from_tars(tmp_path):
 @pytest.mark.slow
 def test_parquet_and_listings_are_read_on_when_a_store_answers_again(tmp_path, monkeypatch):
     """Its line is cut while a file is read, for longer than the SDK tries."""
-    for name, value in s3.KEYS.items():
-        monkeypatch.setenv(name, value)
+    s3.give_keys(monkeypatch)
     monkeypatch.setattr(storage, "RETRY_SECONDS", (1.0, 2.0, 2.0))
     monkeypatch.setattr(readers, "STREAM_BYTES", 2**16)
     pictures = [os.urandom(300_000) for _ in range(30)]

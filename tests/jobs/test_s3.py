@@ -146,8 +146,7 @@ def test_what_is_not_there_is_named(store):
 
 
 def test_a_store_that_is_down_is_an_error_that_says_so(monkeypatch):
-    for name, value in s3.KEYS.items():
-        monkeypatch.setenv(name, value)
+    s3.give_keys(monkeypatch)
     monkeypatch.setattr(storage, "RETRY_SECONDS", (1.0,))
     with s3.serve() as store:
         uri = store.uri("x.bin")

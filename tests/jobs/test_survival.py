@@ -54,19 +54,11 @@ def read_until(part: str, process: subprocess.Popen) -> None:
         assert said[-1], said
 
 
-def wait_for(moment, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not moment():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_in_a_checkpoint_and_the_command_that_goes_on(folder, number):
     name = f"stopped-{number}"
     process = start(command(folder, name, "--num-steps", "100000", "--checkpoint-every-steps", "30"))
-    wait_for(lambda: checkpoints.newest_step(str(folder / name)) >= 60, process)
+    harness.wait_until(lambda: checkpoints.newest_step(str(folder / name)) >= 60, process)
     process.send_signal(number)
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, text
@@ -118,7 +110,7 @@ def test_a_signal_while_there_is_no_room_leaves_nothing_behind(folder):
 @pytest.mark.slow
 def test_a_second_signal_does_not_wait_for_a_worker_that_cannot_write(folder):
     process = start(command(folder, "impatient", "--num-steps", "100000", "--checkpoint-every-steps", "10"))
-    wait_for(lambda: checkpoints.newest_step(str(folder / "impatient")) >= 20, process)
+    harness.wait_until(lambda: checkpoints.newest_step(str(folder / "impatient")) >= 20, process)
     worker = harness.ray_process("RayTrainWorker")
     os.kill(worker, signal.SIGSTOP)
     process.send_signal(signal.SIGINT)
@@ -138,7 +130,7 @@ def test_a_worker_that_hangs_is_noticed_and_all_go_on(folder):
     name = "hang"
     process = start(command(folder, name, "--num-steps", "400", "--checkpoint-every-steps", "10", "--hang-timeout-s", "15",
                             "--workers.num-workers", "2"))
-    wait_for(lambda: checkpoints.newest_step(str(folder / name)) >= 20, process)
+    harness.wait_until(lambda: checkpoints.newest_step(str(folder / name)) >= 20, process)
     stopped = harness.ray_process("RayTrainWorker")
     os.kill(stopped, signal.SIGSTOP)
     text, _ = process.communicate(timeout=180)

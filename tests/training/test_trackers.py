@@ -147,8 +147,7 @@ def test_after_a_kill_each_step_is_there_once(tmp_path):
 
 
 def test_tensorboard_on_an_object_store(tmp_path, monkeypatch, warned):
-    for key, value in s3.KEYS.items():
-        monkeypatch.setenv(key, value)
+    s3.give_keys(monkeypatch)
     monkeypatch.setattr(trackers, "UPLOAD_SECONDS", 0.0)
     with s3.serve() as store:
 
