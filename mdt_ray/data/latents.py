@@ -167,20 +167,26 @@ def read_manifest(folder: str) -> Manifest:
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: no {MANIFEST}, so no finished latents; run `mdt-ray precompute` with this output"
                          ) from error
-    version = values.get("schema_version") if isinstance(values, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"{folder}: schema_version = {version!r}, must be {SCHEMA_VERSION}; write the latents again with "
-                         "`mdt-ray precompute`")
+    except ValueError as error:
+        raise _damaged_manifest(folder, error) from error
+    if not isinstance(values, dict):
+        raise _damaged_manifest(folder, f"a {type(values).__name__}")
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"{folder}: schema_version = {values.get('schema_version')!r}, must be {SCHEMA_VERSION}; "
+                         "write the latents again with `mdt-ray precompute`")
     try:
         manifest = Manifest(**values | {"files": [LatentFile(**f) for f in values["files"]]})
         names = [file.name for file in manifest.files if not FILE_NAME.fullmatch(file.name)]
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{folder}: {MANIFEST} is damaged ({error}); delete it, and run the same `mdt-ray precompute` "
-                         "again") from error
+        raise _damaged_manifest(folder, error) from error
     if names:
         raise ValueError(f"{folder}: {MANIFEST} names {names[0]!r}, which is no file of latents here; delete it, and run "
                          "the same `mdt-ray precompute` again")
     return manifest
+
+
+def _damaged_manifest(folder: str, reason: object) -> ValueError:
+    return ValueError(f"{folder}: {MANIFEST} is damaged ({reason}); delete it, and run the same `mdt-ray precompute` again")
 
 
 def open_manifest(folder: str) -> Manifest:

@@ -157,7 +157,8 @@ def test_missing_and_truncated_files_are_named(folder):
 
 
 @pytest.mark.parametrize(("change", "text"), [
-    (lambda m: [], "schema_version = None"), (lambda m: {"schema_version": 2}, "manifest.json is damaged"),
+    (lambda m: [], r"manifest.json is damaged \(a list\); delete it, and run the same `mdt-ray precompute` again"),
+    (lambda m: {"schema_version": 2}, "manifest.json is damaged"),
     (lambda m: m | {"files": [{}]}, "manifest.json is damaged"), (lambda m: m | {"more": 1}, "manifest.json is damaged"),
     (lambda m: m | {"files": [m["files"][0] | {"name": "../secret.parquet"}]}, r"names '\.\./secret\.parquet', which is no"),
     (lambda m: m | {"files": [m["files"][0] | {"name": "/etc/passwd"}]}, "names '/etc/passwd', which is no")])
