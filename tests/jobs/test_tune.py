@@ -22,7 +22,7 @@ from mdt_ray.tuning.space import load_space
 from tests import harness
 from tests.conftest import ROOT
 from tests.helpers import Page, make_latents
-from tests.jobs.test_survival import start, wait_for
+from tests.jobs.test_survival import start
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ def test_a_signal_ends_a_sweep_in_checkpoints(latents, tmp_path, workers):
         return max((checkpoints.newest_step(str(path)) for path in output.glob("trainings/*")), default=0)
 
     try:
-        wait_for(lambda: newest() >= 50, process, 240)
+        harness.wait_until(lambda: newest() >= 50, process, 240)
         process.send_signal(signal.SIGINT)
         text, _ = process.communicate(timeout=90)
     finally:
