@@ -130,9 +130,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
             return should_stop()
 
         if rank == 0:
-            if not may_write():
-                raise TakenOver.of(config.output)
-            _drop_after(config.output, state.step)
+            _drop_after(config.output, state.step, may_write)
             logger.info("rank 0 of %d: %d training images, %d held out, %d lanes, %s, %d threads, from step %d", world_size,
                         manifest.num_train, manifest.num_rows - manifest.num_train, config.num_lanes, dtype or torch.float32,
                         torch.get_num_threads(), state.step)
@@ -146,7 +144,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
                     return state
                 except loop.NonFiniteSteps as error:
                     writer.wait()
-                    _go_back(state, config, returns, error)
+                    _go_back(state, config, returns, error, may_write)
 
 
 def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.device) -> tuple[TrainState, dict]:
@@ -205,8 +203,10 @@ def _write_all(writes: list[Callable[[], None]], may_write: Callable[[], bool], 
         write()
 
 
-def _drop_after(output: str, step: int) -> None:
-    """Delete what a run that goes on from a step has beyond it."""
+def _drop_after(output: str, step: int, may_write: Callable[[], bool]) -> None:
+    """Delete what a run that goes on from a step has beyond it. Raises TakenOver where the folder is another's by now."""
+    if not may_write():
+        raise TakenOver.of(output)
     checkpoints.drop_after(output, step)
     snapshots.drop_after(output, step)
 
@@ -229,7 +229,8 @@ def write_metrics(output: str, rows: list[dict]) -> None:
     checkpoints.write_metrics(storage.join(output, METRICS), samples.with_columns(output, rows))
 
 
-def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], error: loop.NonFiniteSteps) -> None:
+def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], error: loop.NonFiniteSteps,
+             may_write: Callable[[], bool]) -> None:
     """Restore the newest checkpoint with other random draws to come. Raises TrainingDiverged after MAX_RETURNS to one."""
     attempt, found = state.attempt, _newest(config.output)
     if found is None:
@@ -241,7 +242,7 @@ def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], er
                                "optim.lr, set optim.clip_norm, or use precision fp32, in another output folder") from error
     states.restore(state, found)
     if ranks.is_first():
-        _drop_after(config.output, state.step)
+        _drop_after(config.output, state.step, may_write)
     state.attempt = max(attempt, state.attempt) + 1
     logger.warning("%s; going back to step %d, with other random draws (attempt %d)", error, step, state.attempt)
 

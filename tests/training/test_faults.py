@@ -16,6 +16,7 @@ from mdt_ray import checkpoints
 from mdt_ray.config import LossConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader
+from mdt_ray.run_folder import TakenOver
 from mdt_ray.training import loop
 from mdt_ray.training import run as training
 from mdt_ray.training import state as states
@@ -98,6 +99,14 @@ def test_a_return_is_the_same_after_a_restart(folder, tmp_path, monkeypatch):
     resumed = run(tiny_training(folder, tmp_path / "resumed", num_steps=40))
     assert resumed.attempt == 1
     assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_a_run_that_lost_its_folder_does_not_return_there(folder, tmp_path, monkeypatch):
+    lost = []
+    poison(monkeypatch, lambda step, attempt: step >= 12 and not lost.append(step))
+    with pytest.raises(TakenOver, match="another run has taken over"):
+        run(tiny_training(folder, tmp_path, num_steps=40), may_write=lambda: not lost)
+    assert checkpoints.latest(str(tmp_path)).endswith("10")
 
 
 class HostSyncs(TorchDispatchMode):
