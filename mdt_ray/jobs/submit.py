@@ -164,7 +164,8 @@ def _print_all(client: JobSubmissionClient, name: str, address: str, screen: "_S
     while True:
         try:
             is_over = client.get_job_status(name).is_terminal()
-            lost_since = None
+            if not is_over:
+                lost_since = None  # of a job that has ended, what is missing is its log
             asyncio.run(_tail(client, name, screen))
             if is_over or client.get_job_status(name).is_terminal():
                 return

@@ -153,3 +153,31 @@ def test_a_detached_job_is_listed_and_stopped_and_goes_on(head, tmp_path):
     assert [line.split()[1] for line in run(head, "list").stdout.splitlines()[1:3]] == ["succeeded", "stopped"]
     unknown = run(head, "stop", "nobody")
     assert (unknown.returncode, "the cluster has no such job; `mdt-ray submit list`" in unknown.stderr) == (1, True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_that_no_shell_stands_above_ends_with_its_signal(head):
+    submission = [str(harness.RAY), "job", "submit", "--address", head.address, "--submission-id", "shot", "--no-wait", "--"]
+    command = ["exec", "python", "-c", "import os; os.kill(os.getpid(), 9)"]
+    subprocess.run(submission + command, env=head.environment, check=True, capture_output=True, timeout=60)
+    followed = run(head, "logs", "shot")
+    assert (followed.returncode, "job shot was ended by SIGKILL" in followed.stderr) == (137, True), followed.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_following_ends_when_the_cluster_does_not_come_back(tmp_path):
+    impatient = "import sys; from mdt_ray import cli; from mdt_ray.jobs import submit; submit.PATIENCE_SECONDS = 3; " \
+                "sys.exit(cli.main(sys.argv[1:]))"
+    train = [*training(tmp_path), "--num-steps", "100000"]
+    with clusters.head(tmp_path) as head:
+        process = subprocess.Popen(
+            [sys.executable, "-c", impatient, "submit", "--address", head.address, "--name", "orphan", *train], text=True,
+            env=head.environment | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while "step" not in process.stdout.readline():
+            assert process.poll() is None
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the cluster has not answered for 3 s" in said
+    assert f"job orphan may go on\nfollow it: mdt-ray submit logs orphan --address {head.address}" in said
