@@ -195,6 +195,15 @@ def _wait_for_room(config: TrainConfig, wish: Wish) -> int:
     return wanted
 
 
+class _Trainer(TorchTrainer):
+    """Without Ray's process that outlives the job to free what a lost controller had reserved, which `_fit` does: where the
+    driver is killed while that process starts, nothing tells it to look, and it stays for ever."""
+
+    def _create_default_callbacks(self) -> list:
+        return [callback for callback in super()._create_default_callbacks()
+                if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+
+
 def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers: int, wish: Wish,
             on_row: Callable[[dict], None], meanwhile: Callable[[], None]) -> str | None:
     """Start workers and wait for them; returns why they were asked to stop, or None where they finished."""
@@ -204,7 +213,7 @@ def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers
     launched = dataclasses.replace(
         config, accumulation=min(parts, config.num_lanes // num_workers), min_workers=0,
         workers=dataclasses.replace(workers, num_workers=num_workers))
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _worker,
         train_loop_config={"config": config_io.to_dict(launched), "run": run, "control": channel, "claim": claim},
         # The watchdog, which says where a rank hangs, comes first; this is for what it cannot see.

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,25 @@ def test_what_a_lost_controller_had_reserved_is_given_back(folder, latents, envi
                                 when=starting, victim="TrainController")  # there is no room for two more
     assert code == 0
     assert checkpoints.newest_step(str(output)) == 5
+    assert harness.open_placement_groups() == []
+
+
+@pytest.mark.slow
+def test_nothing_that_would_outlive_a_killed_driver_is_started(folder, latents, environment):
+    """Ray Train's PlacementGroupCleaner stays for ever where its controller dies before it was told to look."""
+    seen, output = [], f"{folder}/attended"
+
+    def has_trained() -> bool:
+        seen.append(harness.ray_process("PlacementGroupCleaner"))
+        return checkpoints.newest_step(output) >= 10
+
+    harness.run_and_kill(["train", "--latents", latents, "--output", output, *TRAIN, "--num-steps", "1000",
+                          "--checkpoint-every-steps", "10"], environment, when=has_trained)
+    assert set(seen) == {None}
+    end = time.monotonic() + 40
+    while left := [part for part in ("TrainController", "RayTrainWorker") if harness.ray_process(part)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.5)
     assert harness.open_placement_groups() == []
 
 
