@@ -243,13 +243,12 @@ def essence(job: str, objects: dict[str, bytes], num_steps: int) -> dict[str, An
         chunks = {name: data for name, data in objects.items() if name.startswith("chunks/")}
         return chunks | {"metrics": json.loads(objects["metrics.json"])["metrics"] if "metrics.json" in objects else None}
     if job == "train":
-        rows = rows_of(objects)
-        last = f"checkpoints/step-{num_steps:08d}/"
-        there = {name: data for name, data in objects.items() if name.startswith(last)}
-        same = (".safetensors", "optimizer.pt", "state.json")
-        return {name: data if name.endswith(same) else None for name, data in there.items()} | {
-            "rows": [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in rows]}
-    names = {name: None for name in objects if "/" not in name or name.endswith("/result.json")}
+        last, same = f"checkpoints/step-{num_steps:08d}/", (".safetensors", "optimizer.pt", "state.json")
+        names = {name: True for name in objects if "/" not in name or name.startswith("checkpoints/")}
+        bits = {name: data for name, data in objects.items() if name.startswith(last) and name.endswith(same)}
+        return names | bits | {
+            "rows": [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in rows_of(objects)]}
+    names = {name: True for name in objects if "/" not in name or name.endswith("/result.json")}
     table = json.loads(objects["results.json"]) if "results.json" in objects else {"trials": []}
     trials = [(t["name"], t["status"], t["metrics"], [row["loss"] for row in t["curve"]]) for t in table["trials"]]
     return names | {"trials": trials, "others": [table.get(key) for key in ("left", "stopped", "failed")]}
