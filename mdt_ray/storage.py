@@ -26,8 +26,8 @@ from mdt_ray import config_io
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-UPLOAD_BYTES = 16 * 2**20
-"""Of a local file that are in memory at once while it goes to an object store."""
+PART_BYTES = 16 * 2**20
+"""Of a local file that are in memory at once while it goes to an object store, or comes from there."""
 RETRY_SECONDS = (1.0, 5.0, 20.0)
 """Waited before a store is asked again."""
 REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_UPLOAD")
@@ -193,7 +193,7 @@ def _naming(uri: str) -> Iterator[None]:
 def _upload(fs: pafs.FileSystem, file: Path, path: str) -> None:
     def parts() -> Iterator[bytes]:
         with file.open("rb") as stream:
-            yield from iter(lambda: stream.read(UPLOAD_BYTES), b"")
+            yield from iter(lambda: stream.read(PART_BYTES), b"")
 
     _write_object(fs, path, parts, file.stat().st_size)
 
@@ -315,14 +315,25 @@ def create_folder(uri: str, *, last: str) -> Iterator[Path]:
 
 
 def fetch_folder(uri: str, local: str | Path) -> Path:
-    """The folder as a local path: itself where it is local already, else a copy under `local`."""
+    """The folder as a local path: itself where it is local already, else a copy under `local`. Raises ValueError for a
+    file whose name would leave that."""
     fs, path = resolve(uri)
     if isinstance(fs, pafs.LocalFileSystem):
         return Path(path)
-    for info in fs.get_file_info(pafs.FileSelector(path, recursive=True)):
+    for info in patiently(fs, lambda: fs.get_file_info(pafs.FileSelector(path, recursive=True))):
         if info.type == pafs.FileType.File:
-            target = Path(local) / Path(info.path).relative_to(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with fs.open_input_stream(info.path) as stream:
-                target.write_bytes(stream.read())
+            name = Path(info.path).relative_to(path)
+            if ".." in name.parts:
+                raise ValueError(f"{uri}: holds a file {str(name)!r}, which is outside of it; delete that")
+            _download(fs, info.path, Path(local) / name)
     return Path(local)
+
+
+def _download(fs: pafs.FileSystem, path: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def copy() -> None:
+        with fs.open_input_stream(path) as stream, target.open("wb") as file:
+            shutil.copyfileobj(stream, file, PART_BYTES)
+
+    patiently(fs, copy)

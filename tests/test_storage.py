@@ -5,7 +5,6 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -72,7 +71,7 @@ def test_what_a_killed_maker_left_is_cleared(tmp_path):
 
 def test_a_file_goes_to_a_store_in_parts(tmp_path, monkeypatch):
     s3.give_keys(monkeypatch)
-    monkeypatch.setattr(storage, "UPLOAD_BYTES", 1000)
+    monkeypatch.setattr(storage, "PART_BYTES", 1000)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     data = bytes(range(256)) * 41
     with s3.serve() as store:
@@ -166,11 +165,25 @@ def test_a_store_that_refuses_for_a_while_loses_nothing(monkeypatch):
                 storage.write_bytes(line.uri("a/lock.json"), b"new")
         assert store.objects("a") == {"lock.json": b"of old, and longer"}
         monkeypatch.setattr(storage, "RETRY_SECONDS", (1.0, 1.0, 1.0))
-        with line.cut():
-            timer = threading.Timer(7.0, line.mend)
-            timer.start()
+        with line.cut(7.0):
             storage.write_bytes(line.uri("a/lock.json"), b"new")
         assert store.objects("a") == {"lock.json": b"new"}
+
+
+def test_a_folder_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
+    s3.give_keys(monkeypatch)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", (1.0, 1.0, 1.0))
+    with s3.serve() as store, s3.forwarded(store) as line:
+        store.put("a/sub/x", b"x")
+        store.put("a/y", b"")
+        with line.cut(7.0):
+            storage.fetch_folder(line.uri("a"), tmp_path / "to" / "there")
+        assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == \
+            ["to/there/sub/x", "to/there/y"]
+        store.put("a/../../../evil", b"evil")
+        with pytest.raises(ValueError, match=r"holds a file '../../../evil', which is outside of it; delete that"):
+            storage.fetch_folder(store.uri("a"), tmp_path / "to" / "there")
+        assert [p.name for p in tmp_path.iterdir()] == ["to"]
 
 
 def test_a_write_that_broke_off_leaves_no_part_of_it(monkeypatch):

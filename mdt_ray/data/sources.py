@@ -118,12 +118,12 @@ def _files_below(uri: str) -> tuple[str, dict[str, pafs.FileInfo]]:
     """A folder and the files below it by path; of a file, its folder and itself."""
     fs, path = storage.resolve(uri)
     try:
-        info = fs.get_file_info(path)
+        info = storage.patiently(fs, lambda: fs.get_file_info(path))
         if info.type == pafs.FileType.NotFound:
             raise ValueError(f"source = {uri!r}: no such file or folder")
         if info.type == pafs.FileType.File:
             return storage.parent(uri), {info.base_name: info}
-        infos = fs.get_file_info(pafs.FileSelector(path, recursive=True))
+        infos = storage.patiently(fs, lambda: fs.get_file_info(pafs.FileSelector(path, recursive=True)))
         root = path.rstrip("/") + "/"
         found = {i.path.removeprefix(root): i for i in infos if i.type == pafs.FileType.File}
     except (OSError, UnicodeDecodeError) as error:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 
 import numpy as np
 import pyarrow as pa
@@ -406,18 +405,15 @@ def test_parquet_and_listings_are_read_on_when_a_store_answers_again(tmp_path, m
     with s3.serve() as store, s3.forwarded(store) as line:
         store.upload(write_parquet(tmp_path / "p" / "a.parquet", [(data, 0) for data in pictures], row_group_size=5).parent,
                      "p")
-        source = sources.open_source(line.uri("p"))
+        with line.cut(8.0):
+            source = sources.open_source(line.uri("p"))
         listing = listings.list_images(source)
         listings.write_parts(line.uri("plan"), listing, [np.arange(30)])
         pieces, found = readers.read_pieces(source.folder, source.kind, listing.table, 4), []
         found += next(pieces).data.to_pylist()
-        with line.cut():
-            timer = threading.Timer(8.0, line.mend)
-            timer.start()
+        with line.cut(8.0):
             for piece in pieces:
                 found += piece.data.to_pylist()
         assert found == pictures
-        with line.cut():
-            timer = threading.Timer(8.0, line.mend)
-            timer.start()
+        with line.cut(8.0):
             assert listings.read_parts(line.uri("plan"))[0].num_rows == 30
