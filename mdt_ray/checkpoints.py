@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from mdt_ray import storage
+from mdt_ray import columns, storage
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -133,5 +133,12 @@ def write_metrics(uri: str, rows: list[dict]) -> None:
 
 
 def read_metrics(uri: str) -> list[dict]:
-    """The rows of a metrics.parquet, each without the columns that it lacked."""
-    return [{name: value for name, value in row.items() if value is not None} for row in storage.read_table(uri).to_pylist()]
+    """The rows of a metrics.parquet, each without the columns that it lacked. Raises FileNotFoundError, and ValueError for
+    what is no table of numbers and short texts."""
+    file = storage.open_parquet(pa.BufferReader(storage.read_bytes(uri)))
+    try:
+        found = columns.values(file, file.schema_arrow.names)
+    except ValueError as error:
+        raise ValueError(f"{uri}: {error}") from error
+    rows = zip(*found.values(), strict=True)
+    return [{name: value for name, value in zip(found, row, strict=True) if value is not None} for row in rows]

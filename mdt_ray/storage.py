@@ -238,7 +238,24 @@ def write_table(uri: str, table: pa.Table, **options: Any) -> None:
 
 def read_table(uri: str) -> pa.Table:
     """A whole Parquet file. Raises FileNotFoundError."""
-    return pq.read_table(pa.BufferReader(read_bytes(uri)))
+    return open_parquet(pa.BufferReader(read_bytes(uri))).read()
+
+
+def open_parquet(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
+    """An open file as Parquet, with pyarrow's options. Raises ValueError for what no table of ours, and no data set, needs:
+    columns whose values Python makes (Ray registers a type that unpickles them), and more rows than bytes."""
+    file = pq.ParquetFile(handle, **options)
+    if names := [field.name for field in file.schema_arrow if _makes_objects(field.type)]:
+        raise ValueError(f"its columns {', '.join(names)} hold Python objects, which could run code: not read")
+    if file.metadata.num_rows > handle.size():
+        raise ValueError(f"has {file.metadata.num_rows} rows in {handle.size()} bytes: not read")
+    return file
+
+
+def _makes_objects(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _makes_objects(kind.value_type)
+    return isinstance(kind, pa.ExtensionType) or any(_makes_objects(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def remove(uri: str) -> None:

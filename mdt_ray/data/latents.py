@@ -225,8 +225,8 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
             metadata = _metadata(uri, file.sha256)
             fs, path = storage.resolve(uri)
             with fs.open_input_file(path) as handle:
-                table = pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns=columns + others,
-                                                                                   use_threads=False)
+                table = storage.open_parquet(handle, metadata=metadata).read_row_group(
+                    group, columns=columns + others, use_threads=False)
             break
         except (OSError, ValueError) as error:
             if _is_damaged(uri, file):

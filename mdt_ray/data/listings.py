@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from mdt_ray import storage
+from mdt_ray import columns, storage
 from mdt_ray.data import tars
 from mdt_ray.data.sources import IMAGE_SUFFIXES, Source
 
@@ -102,17 +102,16 @@ def _labels_from_table(source: Source, names: list[str]) -> list[Any]:
     fs, path = storage.resolve(source.labels)
     try:
         with fs.open_input_file(path) as handle:
-            as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(FILE_COLUMNS, pa.string()))  # 007 is no number
-            table = pq.read_table(handle) if path.endswith(".parquet") else pyarrow.csv.read_csv(
-                handle, convert_options=as_text)
+            there, take = (_parquet_table if path.endswith(".parquet") else _csv_table)(handle)
+            wanted = [next((c for c in some if c in there), None) for some in (FILE_COLUMNS, LABEL_COLUMNS)]
+            found = take(wanted) if None not in wanted else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"labels = {source.labels!r}: not a readable CSV or Parquet table ({error})") from error
-    columns = [next((c for c in wanted if c in table.column_names), None) for wanted in (FILE_COLUMNS, LABEL_COLUMNS)]
-    if None in columns:
-        raise ValueError(f"labels = {source.labels!r}: has columns {', '.join(table.column_names)}; needs file and label, "
-                         "separated by commas")
-    files = [name.removeprefix("./") for name in table[columns[0]].cast(pa.string()).to_pylist()]
-    labels = dict(zip(files, table[columns[1]].to_pylist(), strict=True))
+    if not found:
+        raise ValueError(f"labels = {source.labels!r}: has columns {', '.join(there)}; needs file and label, separated by "
+                         "commas")
+    files = [str(name).removeprefix("./") for name in found[wanted[0]]]
+    labels = dict(zip(files, found[wanted[1]], strict=True))
     if len(labels) < len(files):
         twice = next(name for name, n in Counter(files).items() if n > 1)
         raise ValueError(f"labels = {source.labels!r}: {twice!r} occurs twice; leave one row")
@@ -122,6 +121,18 @@ def _labels_from_table(source: Source, names: list[str]) -> list[Any]:
             f"{len(some)} {what}, such as {some[0]!r}"
             for some, what in ((missing, "pictures have no row"), (extra, "rows have no picture")) if some))
     return [labels[name] for name in names]
+
+
+def _csv_table(handle: pa.NativeFile) -> tuple[list[str], Callable]:
+    """Names of its columns, and what reads some of them."""
+    as_text = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(FILE_COLUMNS, pa.string()))  # 007 is no number
+    table = pyarrow.csv.read_csv(handle, convert_options=as_text)
+    return table.column_names, lambda names: table.select(names).to_pydict()
+
+
+def _parquet_table(handle: pa.NativeFile) -> tuple[list[str], Callable]:
+    file = storage.open_parquet(handle)
+    return file.schema_arrow.names, functools.partial(columns.values, file)
 
 
 def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
@@ -138,11 +149,13 @@ def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
         if largest > LARGE_ROW_GROUP:
             logger.warning("%s has row groups of %d rows; each is read from its start for every chunk in it. Written with "
                            "row groups of some hundred rows it would be read once", name, largest)
-        table = file.read(columns=["label"] * labelled + ["image.path"] * has_path)
+        try:
+            found = columns.values(file, ["label"] * labelled + ["image.path"] * has_path)
+        except ValueError as error:
+            raise ValueError(f"{storage.join(folder, name)}: {error}") from error
         count = file.metadata.num_rows
-    paths = pc.struct_field(table["image"], "path").to_pylist() if has_path else [None] * count
-    ids = [path or f"{name}#{row}" for row, path in enumerate(paths)]
-    labels = table["label"].to_pylist() if labelled else [NO_LABEL] * count
+    ids = [path or f"{name}#{row}" for row, path in enumerate(found.get("image.path", [None] * count))]
+    labels = found.get("label", [NO_LABEL] * count)
     return ids, labels, [(name, row, 0) for row in range(count)]
 
 
@@ -151,10 +164,11 @@ def _open_parquet(folder: str, name: str) -> Iterator[pq.ParquetFile]:
     """Raises ValueError for what is no Parquet file."""
     fs, path = storage.resolve_below(folder, name)
     try:
-        file = storage.patiently(fs, lambda: pq.ParquetFile(path, filesystem=fs))
+        handle = storage.patiently(fs, lambda: fs.open_input_file(path))
+        file = storage.patiently(fs, lambda: storage.open_parquet(handle))
     except (OSError, ValueError) as error:
         raise ValueError(f"{storage.join(folder, name)}: not a readable Parquet file ({error})") from error
-    with file:
+    with handle:
         yield file
 
 
@@ -231,7 +245,7 @@ def read_parts(uri: str, parts: Sequence[int] | None = None) -> tuple[pa.Table, 
 
     def read() -> tuple[pa.Table, list[int], list[str]]:
         with fs.open_input_file(path) as handle:
-            file = pq.ParquetFile(handle)
+            file = storage.open_parquet(handle)
             rows = file.read() if parts is None else file.read_row_groups(list(parts))
             sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
             return rows, sizes, json.loads(file.schema_arrow.metadata[b"mdt_ray.class_names"])

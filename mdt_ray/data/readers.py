@@ -140,7 +140,7 @@ def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array
         while True:  # again from where it broke off
             try:
                 with fs.open_input_file(path) as handle:
-                    file = pq.ParquetFile(handle, buffer_size=STREAM_BYTES, pre_buffer=False)
+                    file = storage.open_parquet(handle, buffer_size=STREAM_BYTES, pre_buffer=False)
                     for part in _row_range(file, first, stop, size):
                         first += len(part)
                         yield part

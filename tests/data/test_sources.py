@@ -389,6 +389,32 @@ def test_pictures_that_unpack_to_more_than_any_picture_are_rejected(tmp_path, mo
     assert max(peaks) < 100 * 2**20
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_texts_that_unpack_to_gigabytes_are_refused(tmp_path, compact):
+    """In a dictionary, which is unpacked once here, or one by one, of which the file's index tells the size."""
+    rows = [(PICTURES[0], "x" * 2**20)] * 300
+    path = write_parquet(tmp_path / "bomb.parquet", rows, row_group_size=300, compression="zstd", use_dictionary=compact,
+                         dictionary_pagesize_limit=2**24)
+    assert path.stat().st_size < 2**17
+    source, before = sources.open_source(str(tmp_path)), pa.default_memory_pool().max_memory()
+    with pytest.raises(ValueError, match=r"bomb.parquet: label .*has texts of more than 4096 bytes"):
+        listings.list_images(source)
+    assert pa.default_memory_pool().max_memory() - before < 2**26
+
+
+def test_more_rows_than_bytes_and_labels_of_no_known_type_are_refused(tmp_path):
+    image = pa.array([{"bytes": b"", "path": ""}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    few = tmp_path / "few" / "x.parquet"
+    few.parent.mkdir()
+    pq.write_table(pa.table({"image": image, "label": [[1, 2]]}), few)
+    refused(few.parent, r"x.parquet: column label is of type list<.*>; it must be of numbers or of texts")
+    many = tmp_path / "many" / "x.parquet"
+    many.parent.mkdir()
+    rows = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10**6, np.int32)), pa.array([0]))
+    pq.write_table(pa.table({"image": pa.nulls(10**6, image.type), "label": rows}), many, row_group_size=10**6)
+    refused(many.parent, r"x.parquet: not a readable Parquet file \(has 1000000 rows in \d+ bytes: not read\)")
+
+
 def test_labels_of_any_length_are_not_read_from_tars(tmp_path):
     members = [*sample("a", PICTURES[0], 1), *sample("b", PICTURES[0], "9" * (2**20 + 1))]
     write_tar(tmp_path / "x.tar", members)

@@ -1,0 +1,51 @@
+"""Columns of numbers and short texts from Parquet files that others wrote: a file of a kilobyte may unpack to gigabytes.
+
+Not a reader of pictures, nor of latents.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+MAX_TEXT_BYTES = 4096
+"""Of a label or a path."""
+KINDS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null, pa.types.is_string,
+         pa.types.is_large_string)
+BATCH_BYTES = 2**26
+"""Unpacked at once, at most, where each row is as long as all that the file has for the column."""
+
+
+def values(file: pq.ParquetFile, paths: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns, also of a struct (`image.path`), as Python's values by their path; equal texts are one object.
+
+    Raises ValueError for a column of another type, and for longer texts.
+    """
+    schema = file.schema_arrow
+    places = {path: [path] if path in schema.names else path.split(".") for path in paths}
+    for path, (first, *rest) in places.items():
+        kind = schema.field(first).type.field(*rest).type if rest else schema.field(first).type
+        if not any(is_kind(kind) for is_kind in KINDS):
+            raise ValueError(f"column {path} is of type {kind}; it must be of numbers or of texts")
+    found: dict[str, list[Any]] = {path: [] for path in paths}
+    same: dict[str, str] = {}
+    for k in range(file.num_row_groups):
+        group = file.metadata.row_group(k)
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        size = max((chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in paths), default=1)
+        if size > group.num_rows * MAX_TEXT_BYTES + BATCH_BYTES:
+            raise ValueError(f"{' or '.join(paths)} has texts of more than {MAX_TEXT_BYTES} bytes")
+        for batch in file.iter_batches(max(BATCH_BYTES // size, 1), row_groups=[k], columns=list(paths)):
+            for path, (first, *rest) in places.items():
+                column = pc.struct_field(batch[first], rest) if rest else batch[first]
+                if _is_text(column.type) and (pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT_BYTES:
+                    raise ValueError(f"{path} has texts of more than {MAX_TEXT_BYTES} bytes")
+                found[path] += [same.setdefault(value, value) if isinstance(value, str) else value
+                                for value in column.to_pylist()]
+    return found
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
