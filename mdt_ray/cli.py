@@ -310,7 +310,7 @@ def _below(folder: str, name: str) -> str:
 
 
 def _fail(job: str, error: Exception, code: int) -> int:
-    text = str(error) or type(error).__name__
+    job, text = config_io.redacted(job), config_io.redacted(str(error)) or type(error).__name__
     known = isinstance(error, ValueError | RuntimeError | OSError)
     print(f"mdt-ray {job}: error: {text if known else f'{type(error).__name__}: {text}'}", file=sys.stderr)
     if not known:

@@ -2,51 +2,71 @@
 """
 
 import ast
+import pickle
 import re
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from mdt_ray import cli, config_io, presets, storage
+from mdt_ray import checkpoints, cli, config_io, presets, storage
 from mdt_ray.config import TrainConfig
+from mdt_ray.data import listings, sources
 from tests.conftest import ROOT
+from tests.data.pictures import write_folder
 
 FILES = sorted(path for folder in ("mdt_ray", "pipelines", "tune_spaces", "scripts", "benchmarks")
                for path in (ROOT / folder).rglob("*.py"))
 UNSAFE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "yaml"}
-LOADS = {"torch": {"load", "jit", "hub", "package"}, "numpy": {"load", "fromfile"}, "pandas": {"read_pickle"},
-         "ray": {"cloudpickle"}, "ray.tune": {"ExperimentAnalysis", "Tuner"}}
-"""What may only be called by its full name, which `problems` looks for."""
 MAY_PICKLE = {"mdt_ray/jobs/fanout.py"}
 """Carries an error from one of our own actors to the driver, in memory."""
 FORBIDDEN = re.compile(r"""
-    (eval|exec|__import__)$ | os\.(system|popen) | subprocess\.(getoutput|getstatusoutput)$ | (pandas|pd)\.read_pickle
-    | (np|numpy)\.fromfile | torch\.(jit\.|package\.|hub\.load$) | (.*\.)?(cloudpickle|pickle)\. | (.*\.)?ExperimentAnalysis$
-    | (.*\.)?(Tuner|\w*Trainer)\.(can_)?restore$
+    (eval|exec|__import__|builtins\..*)$ | os\.(system|popen)$ | subprocess\.(getoutput|getstatusoutput)$ | .*\bread_pickle$
+    | (np|numpy)\.fromfile$ | torch\.(jit|package)\. | torch\.hub\.load$ | (.*\.)?(cloudpickle|pickle)\b
+    | (.*\.)?ExperimentAnalysis$ | (.*\.)?(Tuner|\w*Trainer)\.(can_)?restore$
 """, re.VERBOSE)
+"""Calls, by their full name."""
+PICKLES = re.compile(r"(np|numpy|torch)(\.[\w.]+)?\.load$")
+
+
+def full_names(tree: ast.AST) -> dict[str, str]:
+    """What the names that a file imports stand for."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {a.asname: a.name for a in node.names if a.asname}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names if node.module}
+    return names
 
 
 def problems(source: str) -> list[str]:
     """Why a file could run what it reads."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    found, tree = [], ast.parse(source)
+    names = full_names(tree)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [f"imports {a.name}" for a in node.names if UNSAFE & set(a.name.split("."))]
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if UNSAFE & set(module.split(".")) or any(a.name in UNSAFE | LOADS.get(module, set()) for a in node.names):
-                found.append(f"imports {', '.join(a.name for a in node.names)} from {module}")
+            found += [f"imports {a.name} from {node.module}" for a in node.names
+                      if UNSAFE & {*(node.module or "").split("."), a.name}]
         elif isinstance(node, ast.Call):
-            name, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            first, dot, rest = called.partition(".")
+            name = names.get(first, first) + dot + rest
             words = {a.value for a in node.args if isinstance(a, ast.Constant)}
             if FORBIDDEN.match(name):
                 found.append(f"calls {name}")
             if name.endswith("import_module") and UNSAFE & words:
                 found.append(f"imports {words}")
-            if name == "torch.load" and given.get("weights_only") != "True":
+            if PICKLES.match(name) and name.startswith("torch") and given.get("weights_only") != "True":
                 found.append("torch.load without weights_only=True")
-            is_positional = name in ("np.load", "numpy.load") and len(node.args) > 1
+            is_positional = PICKLES.match(name) and name.startswith("n") and len(node.args) > 1
             if is_positional or given.get("allow_pickle", "False") != "False":
                 found.append(f"{name} with allow_pickle")
+            if given.get("use_safetensors", "True") != "True":
+                found.append(f"{name} without safetensors")
             if given.get("shell", "False") != "False":
                 found.append(f"{name} with a shell")
     return found
@@ -63,9 +83,13 @@ def test_nothing_that_is_read_is_run(path):
     "import pickle", "from cloudpickle import loads", "import yaml", "torch.load(f)", "torch.load(f, weights_only=False)",
     "torch.load(f, weights_only=flag)", "np.load(f, allow_pickle=True)", "eval(text)", "os.system(text)",
     "subprocess.run(text, shell=True)", "Tuner.restore(path)", "from ray import cloudpickle", "import ray.cloudpickle as p",
-    "ray.cloudpickle.loads(b)", "from torch import load", "torch.jit.load(f)", "torch.hub.load(f)", "np.load(f, None, True)",
-    "subprocess.getoutput(text)", "importlib.import_module('pickle')", "ray.tune.ExperimentAnalysis(p)",
-    "from pandas import read_pickle", "__import__('pickle')", "TorchTrainer.restore(p)"])
+    "ray.cloudpickle.loads(b)", "from torch import load\nload(f)", "torch.jit.load(f)", "torch.hub.load(f)",
+    "np.load(f, None, True)", "subprocess.getoutput(text)", "importlib.import_module('pickle')",
+    "ray.tune.ExperimentAnalysis(p)", "from pandas import read_pickle\nread_pickle(p)", "__import__('pickle')",
+    "TorchTrainer.restore(p)", "import torch as t\nt.load(f)", "from torch.serialization import load\nload(f)",
+    "torch.serialization.load(f)", "import pandas as p\np.read_pickle(f)", "from os import system\nsystem(text)",
+    "from subprocess import getoutput as g\ng(t)", "AutoencoderKL.from_pretrained(f, use_safetensors=False)",
+    "from ray.tune import Tuner as T\nT.restore(p)"])
 def test_the_search_finds_what_it_is_for(bad):
     assert problems(bad)
 
@@ -76,6 +100,11 @@ SECRETS = {
     "s3://bucket/a?access_key=K&secret_key=S&region=r": "s3://bucket/a?***&***&region=r",
     "http://user:word@tracker:5000": "http://***@tracker:5000",
     "https://host/a?X-Amz-Signature=S&sig=S": "https://host/a?***&***",
+    "https://host/a?X-Goog-Signature=S&b=1": "https://host/a?***&b=1",
+    "https://host/a?AWSAccessKeyId=S&Signature=S&Expires=1": "https://host/a?***&***&Expires=1",
+    "https://host/a?token=S": "https://host/a?***",
+    "https://host/a?b=1&api_key=S&password=S": "https://host/a?b=1&***&***",
+    "https://secret@host/a": "https://***@host/a",
 }
 NO_SECRETS = ["s3://bucket/a?endpoint_override=http://10.0.0.1:9000&region=r", "http://tracker:5000/a@b", "s3://bucket/a@2x"]
 
@@ -90,7 +119,9 @@ def test_what_is_no_secret_is_taken(uri):
 def test_a_uri_with_a_secret_is_refused_and_shown_without(uri, shown, tmp_path, capsys):
     assert config_io.redacted(f"reading {uri} now") == f"reading {shown} now"
     (tmp_path / "run.toml").write_text(f"output = '{uri}'\n")
+    (tmp_path / "list.toml").write_text(f"output = ['{uri}']\n")
     for words in (["train", "digits", "--output", uri], ["train", "--config", f"{tmp_path}/run.toml"],
+                  ["train", "--config", f"{tmp_path}/list.toml"], [uri],
                   ["submit", "train", "--output", uri], ["train", "digits", f"--output={uri}"]):
         assert cli.main(words) == 2
         captured = capsys.readouterr()
@@ -115,3 +146,34 @@ def test_presets_and_settings_hold_none():
     for name in ("digits", "fashion", "imagenet256-s-2"):
         for key, value in config_io.flatten(config_io.to_dict(presets.preset(name))).items():
             config_io.refuse_secrets(key, str(value))
+
+
+def pickled(path: Path, column: str) -> Path:
+    """A Parquet file with a column of Ray's type whose values are unpickled: making one of them creates `path`.ran."""
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (Path(f"{path}.ran"),))
+
+    field = pa.field(column, pa.large_binary(), metadata={"ARROW:extension:name": "ray.data.arrow_pickled_object"})
+    image = pa.array([{"bytes": b"x", "path": "a"}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    table = pa.table([image, pa.array([pickle.dumps(Payload())], pa.large_binary())],
+                     schema=pa.schema([("image", image.type), field]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return path
+
+
+def test_columns_of_python_objects_are_refused(tmp_path):
+    import ray.data  # noqa: F401  (it registers the type)
+
+    path = pickled(tmp_path / "source" / "x.parquet", "label")
+    with pytest.raises(ValueError, match=r"x.parquet: .*its columns label hold Python objects, which could run"):
+        listings.list_images(sources.open_source(str(path.parent)))
+    with pytest.raises(ValueError, match="Python objects"):
+        listings.list_images(sources.open_source(str(write_folder(tmp_path / "p", [("a.png", b"")])), labels=str(path)))
+    for read in (checkpoints.read_metrics, storage.read_table, listings.read_parts):
+        with pytest.raises(ValueError, match="Python objects"):
+            read(str(path))
+    assert not Path(f"{path}.ran").exists()
+    pq.read_table(path).to_pylist()  # as it would be without that
+    assert Path(f"{path}.ran").exists()
