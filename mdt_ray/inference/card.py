@@ -1,5 +1,7 @@
 """The model card of a checkpoint: what was trained, on what, how, and how to use it, written from the run's own files."""
 
+import html
+import json
 from typing import Any
 
 from mdt_ray import checkpoints, storage
@@ -33,13 +35,14 @@ def model_card(checkpoint: str) -> str:
     trained = run.get("trained", run.get("config", {}))  # (a reconstructed average names the settings of its training)
     kind = origin["layout"] if origin else trained.get("model", {}).get("kind", "mdt")
     side = facts["image_size"]
-    title = f"{kind}, {model['depth']} blocks of width {model['hidden_size']}, patch {model['patch_size']}, {side}x{side}"
+    width, patch = model["hidden_size"], model["patch_size"]
+    title = _line(f"{kind}, {model['depth']} blocks of width {width}, patch {patch}, {side}x{side}")
     text = HEAD.format(tag="dit" if "dit" in kind else "masked-diffusion-transformer", title=title,
-                       license=f"license: {license}\n" if license else "",
+                       license=f"license: {json.dumps(license)}\n" if license else "",
                        labels="class_labels=[0], " if model["num_classes"] else "")
     text += _origin(origin) if origin else _training(checkpoint, facts, trained)
     if started:
-        text += f"Training started from the weights of `{started['file']}`.\n\n"
+        text += f"Training started from the weights of `{_line(started['file'])}`.\n\n"
     if license == NON_COMMERCIAL:
         text += ("**Licence.** The published weights of MDT and DiT are for non-commercial use (CC BY-NC 4.0); converting "
                  "them, or training on from them, does not change that.\n\n")
@@ -68,9 +71,16 @@ def _training(checkpoint: str, facts: dict[str, Any], config: dict[str, Any]) ->
 
 
 def _origin(origin: dict[str, Any]) -> str:
-    notes = "".join(f"- {note}\n" for note in origin["notes"])
-    return f"Converted from `{origin['file']}` (layout {origin['layout']}, sha256 {origin['sha256']}).\n\n{notes}\n"
+    notes = "".join(f"- {_line(note)}\n" for note in origin["notes"])
+    file, layout, sha256 = (_line(origin[name]) for name in ("file", "layout", "sha256"))
+    return f"Converted from `{file}` (layout {layout}, sha256 {sha256}).\n\n{notes}\n"
 
 
 def _table(title: str, rows: dict[str, Any]) -> str:
-    return f"## {title}\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items()) + "\n"
+    lines = "".join(f"| {_line(name)} | {_line(value)} |\n" for name, value in rows.items())
+    return f"## {title}\n\n| | |\n|---|---|\n{lines}\n"
+
+
+def _line(value: Any) -> str:
+    """A value from a checkpoint, which may be anybody's, as text of one line that is no markup."""
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|").replace("`", "'")

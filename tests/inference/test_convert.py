@@ -57,7 +57,7 @@ def test_the_card_carries_the_licence_and_what_was_inferred(published, tmp_path)
                  "--vae.path", "digits"]) == 0
     pipe = MDTPipeline.from_pretrained(tmp_path / "ours")
     assert (tmp_path / "ours" / "README.md").read_text() == pipe.card
-    for part in ("license: cc-by-nc-4.0", "taken for the null label",
+    for part in ('license: "cc-by-nc-4.0"', "taken for the null label",
                  "non-commercial", "layout mdt_v1", "decode_layer = 2", "indexed by nothing",
                  "| decode_layer | 2 |", "| VAE | digits |"):
         assert part in pipe.card
@@ -149,7 +149,7 @@ def test_training_starts_from_published_weights(published, tmp_path):
     again = run(config)  # a resume goes on from its own checkpoint, and needs the start no more
     assert (first.step, again.step) == (1, 2)
     card = MDTPipeline.from_pretrained(tmp_path / "run").card  # the licence stays with what grew out of the weights
-    for part in ("license: cc-by-nc-4.0", "started from the weights of `mdt_v1_ckpt.pt`"):
+    for part in ('license: "cc-by-nc-4.0"', "started from the weights of `mdt_v1_ckpt.pt`"):
         assert part in card
 
 
@@ -196,7 +196,7 @@ def test_prefixes_other_types_and_sizes(vectors, tmp_path):
     state = storage.read_json(str(tmp_path / "ours" / "state.json"))
     assert state["image_size"] == 128
     assert any("stored as torch.bfloat16" in note for note in state["origin"]["notes"])
-    assert "license: mit" in (tmp_path / "ours" / "README.md").read_text()
+    assert 'license: "mit"' in (tmp_path / "ours" / "README.md").read_text()
     assert load_any(str(tmp_path / "ours")).dtype == torch.float32
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mdt_ray.config import SamplingConfig
-from mdt_ray.inference import labels
+from mdt_ray.inference import card, labels
 from mdt_ray.inference.pipeline import MDTPipeline
 from mdt_ray.inference.sampler import Sampler
 from tests.conftest import ROOT
@@ -67,6 +67,13 @@ def test_the_card_tells_the_run(pipe):
                  "| VAE | digits |", "class_labels=[0]", "| optim.lr | 0.0003 |"):
         assert part in pipe.card
     assert "license" not in pipe.card
+
+
+def test_the_card_of_a_strangers_checkpoint_is_no_markup():
+    rows = card._table("Model", {"vae": "x |\n<script>alert(1)</script> `rm`", "a": 1})
+    assert rows == "## Model\n\n| | |\n|---|---|\n| vae | x \\| &lt;script&gt;alert(1)&lt;/script&gt; 'rm' |\n| a | 1 |\n\n"
+    text = card._origin({"file": "a`\n# b", "layout": "dit", "sha256": "0", "notes": ["one\ntwo"]})
+    assert text == "Converted from `a' # b` (layout dit, sha256 0).\n\n- one two\n\n"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
