@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -107,10 +109,18 @@ def test_settings_win_over_file_over_preset(tmp_path, capsys):
 
 def test_entry_points_run_from_a_working_directory_that_is_not_installed(tmp_path):
     """As `ray job submit --working-dir` runs them."""
-    site = sysconfig.get_path("purelib")  # without what its .pth files add, an editable installation among them
-    for name in ("precompute", "train", "evaluate", "all"):
-        done = subprocess.run([sys.executable, "-S", str(ROOT / "pipelines" / f"{name}.py"), "digits", "--dry-run"],
-                              cwd=tmp_path, env=os.environ | {"PYTHONPATH": site}, capture_output=True, text=True)
+    site, upload = tmp_path / "site", tmp_path / "upload"
+    site.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():  # -S: without what its .pth files add
+        if "mdt_ray" not in path.name:
+            (site / path.name).symlink_to(path)
+    for folder in ("mdt_ray", "pipelines", "tune_spaces"):
+        shutil.copytree(ROOT / folder, upload / folder)
+    make_latents(tmp_path / "latents", num_images=200)
+    for name in ("precompute", "train", "tune", "evaluate", "all"):
+        words = ["digits", "--dry-run", *["--train.latents", "latents"] * (name == "tune")]
+        done = subprocess.run([sys.executable, "-S", str(upload / "pipelines" / f"{name}.py"), *words], cwd=tmp_path,
+                              env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "starts from nothing" in done.stdout
 

@@ -194,10 +194,10 @@ class Rig:
         return subprocess.Popen(command, env=self.environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT)
 
-    def find(self, *parts: str) -> list[psutil.Process]:
-        """Processes of all hosts whose command line holds one of `parts`, by age; shells that wait for them aside."""
+    def find(self, *parts: str, hosts: list["Host"] | None = None) -> list[psutil.Process]:
+        """Processes of all hosts, or some, whose command line holds one of `parts`, by age; no shells that wait for them."""
         found = []
-        for process in (process for host in self.hosts for process in host.processes()):
+        for process in (process for host in hosts or self.hosts for process in host.processes()):
             with contextlib.suppress(psutil.Error):
                 if any(part in " ".join(process.cmdline()) for part in parts) and process.name() != "sh":
                     found.append((process.create_time(), process.pid, process))

@@ -1,11 +1,12 @@
 """The four jobs over three hosts, submitted from outside, with a store that is reached over the network only."""
 
 import json
+import threading
 import time
 
 import pytest
 
-from tests.chaos.chaos import Chaos, rows_of
+from tests.chaos.chaos import WORKERS, Chaos, rows_of
 from tests.chaos.rig import Rig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -21,7 +22,21 @@ def chaos(tmp_path_factory):
 @pytest.mark.parametrize("job", ["precompute", "train", "tune", "evaluate"])
 def test_a_job_runs_over_hosts_and_a_store(chaos, job):
     """In this order: a job begins with what those before it left in the store."""
-    chaos.straight(job)
+    at_work: set[int] = set()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            at_work.update(k for k, host in enumerate(chaos.rig.hosts) if chaos.rig.find(*WORKERS[job], hosts=[host]))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        chaos.straight(job)
+    finally:
+        over.set()
+        thread.join()
+    assert {1, 2} <= at_work, "the head does no work"
     left = chaos.rig.store.objects(f"straight/{job}")
     run = json.loads(left["run.json"])
     assert run["config"]["output"].startswith("s3://")

@@ -181,3 +181,31 @@ def test_following_ends_when_the_cluster_does_not_come_back(tmp_path):
     assert process.returncode == 1
     assert "the cluster has not answered for 3 s" in said
     assert f"job orphan may go on\nfollow it: mdt-ray submit logs orphan --address {head.address}" in said
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_pipeline_runs_from_an_uploaded_working_directory(head, tmp_path):
+    """By Ray's own command. `all` runs them once more."""
+    latents, trained, all_of_it = (f"{tmp_path}/{name}" for name in ("precompute", "train", "all"))
+    small = ["--num-steps", "10", "--checkpoint-every-steps", "10", "--workers.num-workers", "1"]
+    for name, words in {
+        "precompute": ["--output", latents, "--workers.num-workers", "1"],
+        "train": ["--latents", latents, "--output", trained, *small],
+        "tune": ["--train.latents", latents, "--output", f"{tmp_path}/tune", "--train.num-steps", "10",
+                 "--evaluate.num-samples", "40", "--max-trials", "1"],
+        "evaluate": ["--checkpoint", trained, "--output", f"{tmp_path}/evaluate", "--num-samples", "40"],
+        "all": ["--output", all_of_it, "--train.num-steps", "10", "--train.checkpoint-every-steps", "10",
+                "--tune.train.num-steps", "10", "--tune.evaluate.num-samples", "40", "--tune.max-trials", "1",
+                "--evaluate.num-samples", "40"],
+    }.items():
+        command = [str(harness.RAY), "job", "submit", "--address", head.address, "--working-dir", ".", "--", "python",
+                   f"pipelines/{name}.py", "digits", *words]
+        done = subprocess.run(command, env=head.environment, cwd=ROOT, text=True, capture_output=True, timeout=400)
+        assert done.returncode == 0, f"{name}: {done.stdout[-3000:]}{done.stderr[-1000:]}"
+    for folder in (tmp_path, tmp_path / "all"):
+        assert (folder / "precompute" / "manifest.json").is_file()
+        assert checkpoints.newest_step(str(folder / "train")) == 10
+        assert (folder / "tune" / "results.json").is_file()
+    assert (tmp_path / "evaluate" / "metrics.json").is_file()
+    assert (tmp_path / "all" / "report" / "index.html").is_file()
