@@ -56,7 +56,8 @@ def chunks(quick: bool) -> dict[str, float]:
     session.start()
     workers = WorkersConfig(num_workers=actors, cpus_per_worker=0.02)
     started = time.time()
-    rows = list(fanout.run_chunks([{"chunk": k} for k in range(count)], Wait, (WAIT_SECONDS,), workers))
+    wait = WAIT_SECONDS / 4 if quick else WAIT_SECONDS
+    rows = list(fanout.run_chunks([{"chunk": k} for k in range(count)], Wait, (wait,), workers))
     ended = time.time()
     assert sorted(row["chunk"] for row in rows) == list(range(count))
     by_process: dict[int, list[dict[str, Any]]] = {}
