@@ -22,6 +22,7 @@ from tests.chaos.chaos import essence
 from tests.jobs.test_kills import TRAIN
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+JOBS = ("precompute", "train", "evaluate", "tune")
 THREADS = {"OMP_NUM_THREADS": "1"}
 """Of all drivers: the last bit of a metric depends on their number."""
 
@@ -37,7 +38,7 @@ def environment(ray_session):
 def straight(tmp_path_factory, environment) -> Path:
     """The undisturbed runs, a folder a job."""
     folder = tmp_path_factory.mktemp("straight")
-    for job in ("precompute", "train", "evaluate"):
+    for job in JOBS:
         harness.run(command(job, folder / job, folder), environment)
     return folder
 
@@ -49,8 +50,11 @@ def command(job: str, output: Path | str, straight: Path) -> list[str]:
         "train": ["--latents", f"{straight}/precompute", *TRAIN, "--num-steps", "30", "--checkpoint-every-steps", "10",
                   "--workers.num-workers", "2"],
         "evaluate": ["--checkpoint", f"{straight}/train", "--num-samples", "120", "--chunk-size", "20"],
+        "tune": ["--train.latents", f"{straight}/precompute", "--train.num-steps", "15", "--train.checkpoint-every-steps",
+                 "5", "--evaluate.num-samples", "50", "--max-trials", "2"],
     }[job]
-    return [job, "digits", "--output", str(output), *words, *([] if job == "train" else ["--workers.num-workers", "1"])]
+    one = ["--workers.num-workers", "1"] if job in ("precompute", "evaluate") else []
+    return [job, "digits", "--output", str(output), *words, *one]
 
 
 def last_line(done: subprocess.CompletedProcess) -> str:
@@ -79,7 +83,8 @@ def disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize(("job", "size"), [("precompute", "256k"), ("train", "1200k"), ("evaluate", "300k")])
+@pytest.mark.parametrize(("job", "size"), [("precompute", "256k"), ("train", "1200k"), ("evaluate", "300k"),
+                                           ("tune", "2m")])
 def test_on_a_full_disk_a_job_says_so_and_goes_on_when_there_is_room(straight, tmp_path, environment, job, size):
     folder = tmp_path / "disk"
     with disk(folder, size):
@@ -134,12 +139,12 @@ def cell(num_bytes: int) -> Iterator[Path]:
                 group.rmdir()
 
 
-@pytest.mark.parametrize("job", ["precompute", "train", "evaluate"])
+@pytest.mark.parametrize("job", JOBS)
 def test_a_worker_that_the_kernel_kills_for_want_of_memory_is_started_again(straight, tmp_path, job):
     output = tmp_path / "out"
     with clusters.head(tmp_path, num_cpus=4, **THREADS) as head, cell(8 * 2**20) as small:
         process = submitted(head, command(job, output, straight))
-        title = {"train": "ray::RayTrainWorker"}.get(job, "ray::MapWorker")
+        title = {"train": "ray::RayTrainWorker", "tune": "ray::ImplicitFunc"}.get(job, "ray::MapWorker")
         harness.wait_until(lambda: processes(title, head) and any(output.glob("run.json")), process)
         victim = processes(title, head)[0]
         small.write_text(str(victim.pid))
@@ -214,7 +219,7 @@ def test_jobs_run_while_the_object_store_is_full_and_spills(straight, tmp_path):
                                  str(tmp_path / "full")], env=head.environment, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True)
         harness.wait_until((tmp_path / "full").exists, held)
-        for job in ("precompute", "train", "evaluate"):
+        for job in JOBS:
             process = submitted(head, command(job, tmp_path / job, straight))
             text, _ = process.communicate(timeout=300)
             assert process.returncode == 0, text
@@ -227,7 +232,7 @@ def test_jobs_run_while_the_object_store_is_full_and_spills(straight, tmp_path):
 # Two drivers
 
 
-@pytest.mark.parametrize("job", ["precompute", "train", "evaluate"])
+@pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("place", ["disk", "store"])
 def test_of_two_drivers_on_one_folder_one_writes(straight, tmp_path, environment, job, place):
     with s3.serve() if place == "store" else contextlib.nullcontext() as store:
@@ -295,7 +300,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(straight, tmp
 # Slow storage
 
 
-@pytest.mark.parametrize("job", ["precompute", "train", "evaluate"])
+@pytest.mark.parametrize("job", JOBS)
 def test_a_slow_store_changes_nothing(straight, tmp_path, environment, job):
     """A fifth of a second for each packet of at most 64 kB there and back."""
     with s3.serve() as store, s3.forwarded(store, 0.1) as slow:
