@@ -4,26 +4,31 @@ A worker class is built once per actor and called with one item at a time; it wr
 a small row. An actor that dies is replaced and its item given to another, so a chunk may be written twice, with equal bytes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pickle
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import ray
 from ray.data import ActorPoolStrategy
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
-from ray.util.annotations import RayDeprecationWarning
+from ray.exceptions import RayActorError, RayError
+from ray.experimental import internal_kv
 
 from mdt_ray.config import WorkersConfig
 from mdt_ray.jobs import session
 
-FAILURE = "failure"
+FAILURE, NUMBER = "failure", "number of the item"
+"""Columns of a row beside the worker's."""
 LOSSES = 4
-"""Times that an item is tried again whose actor's process was lost, also while it loaded. (Ray Data's own number is
-infinite: actors that take more memory than there is would be started again for ever.)"""
+"""Times that an item is tried again whose process was lost, also while the worker loaded. (Ray Data tries without end: work
+that takes more memory than there is would be started for ever. Ray's own count of retries will not do: it also counts those
+made while a lost node is not yet known as lost, some a second.)"""
+KEEPER = "mdt_ray"
+"""Namespace in the cluster's key-value store, where counts outlive the processes."""
 
 
 class _OneItem:
@@ -32,23 +37,49 @@ class _OneItem:
     An error travels as a row of its own: Ray Data would wrap it in advice about its settings, and lose the error itself.
     """
 
-    def __init__(self, worker: type, arguments: tuple):
+    def __init__(self, worker: type, arguments: tuple, pool: str):
         self.make, self.work, self.lock = functools.partial(worker, *arguments), None, threading.Lock()
+        self.pool = pool
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list]:
         if FAILURE in batch:
             return batch  # of an earlier stage
+        row = _row(batch)
+        number = row.pop(NUMBER)
         try:
-            return {name: [value] for name, value in self._worker()(_row(batch)).items()}
+            with _counted(f"{self.pool}/{number}"):
+                found = self._worker()(row)
+            return {name: [value] for name, value in (found | {NUMBER: number}).items()}
         except Exception as error:
             return {FAILURE: [_packed(root_cause(error))]}
 
     def _worker(self) -> Any:
-        """Made with the first item: Ray counts no losses of an actor that has none, and would start it again for ever."""
+        """Made with the first item: processes that are lost before are counted nowhere, and would be started for ever."""
         with self.lock:
             if self.work is None:
                 self.work = self.make()
             return self.work
+
+
+@contextlib.contextmanager
+def _counted(key: str) -> Iterator[None]:
+    """Around the work on an item: while it lasts, a count is kept of the processes that began it. Raises RuntimeError where
+    it cost too many."""
+    lost = int(_kept(internal_kv._internal_kv_get, key) or 0)
+    if lost > LOSSES:
+        raise RuntimeError(f"the same part of the work cost {lost} worker processes, most often for want of memory; give "
+                           "smaller batches, or a machine fewer workers, and run the same command again: it goes on with "
+                           "what is missing")
+    _kept(internal_kv._internal_kv_put, key, str(lost + 1))
+    try:
+        yield
+    finally:
+        _kept(internal_kv._internal_kv_del, key)
+
+
+def _kept(call: Callable, *arguments: str, **options: Any) -> Any:
+    with contextlib.suppress(RayError, RuntimeError):  # while the head does not answer, nothing is counted
+        return call(*arguments, namespace=KEEPER, **options)
 
 
 class Stage(NamedTuple):
@@ -78,43 +109,38 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
         stages: each is given what the one before returned.
         calls_per_worker: items that an actor is given at a time, each in a thread of its own.
     Raises what a worker raised, ValueError where this machine has no room for the actors, and RuntimeError where actors
-    cannot start, or an item cost LOSSES + 1 of them.
+    cannot start, or an item cost LOSSES + 1 of their processes.
     """
     if not items:
         return
-    data = ray.data.from_items(items, override_num_blocks=len(items))
-    for worker, arguments, workers, reserves in stages:
+    data = ray.data.from_items([item | {NUMBER: k} for k, item in enumerate(items)], override_num_blocks=len(items))
+    run = uuid.uuid4().hex
+    for place, (worker, arguments, workers, reserves) in enumerate(stages):
         workers = dataclasses.replace(workers, num_workers=min(workers.num_workers, len(items)))
         if reserves or workers.gpus_per_worker:
             session.require_room(workers)
         pool = ActorPoolStrategy(size=workers.num_workers,
                                  max_tasks_in_flight_per_actor=calls_per_worker + 1,
                                  max_concurrent_calls_per_actor=calls_per_worker, enable_true_multi_threading=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.60 has no other way to say max_task_retries
-            data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments), batch_size=1, compute=pool,
-                                    num_cpus=None if workers.gpus_per_worker else workers.cpus_per_worker * reserves,
-                                    num_gpus=workers.gpus_per_worker or None, max_task_retries=LOSSES)
+        data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments, f"{run}/{place}"), batch_size=1,
+                                compute=pool,
+                                num_cpus=None if workers.gpus_per_worker else workers.cpus_per_worker * reserves,
+                                num_gpus=workers.gpus_per_worker or None)
     try:
         for row in data.iter_rows():
             if FAILURE in row:
                 raise pickle.loads(row[FAILURE])  # bytes that our own actor made
-            yield row
-    except (RayActorError, OutOfMemoryError) as error:
-        raise _lost(error) from None
+            yield {name: value for name, value in row.items() if name != NUMBER}
+    except RayActorError as error:
+        if not getattr(error, "actor_init_failed", False):
+            raise
+        reason = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"a worker could not start: {reason}; mend that on its node, and run the same command again"
+                           ) from None
     except RayError as error:
         raise root_cause(error) from None
-
-
-def _lost(error: RayError) -> RuntimeError:
-    """What a run that ended for want of actors says."""
-    lines = str(error).strip().splitlines()
-    if getattr(error, "actor_init_failed", False):
-        return RuntimeError(f"a worker could not start: {lines[-1]}; mend that on its node, and run the same command "
-                            "again")
-    return RuntimeError(f"the same part of the work cost {LOSSES + 1} worker processes, most often for want of memory "
-                        f"({type(error).__name__}: {lines[0]}); give smaller batches, or a machine fewer workers, and run "
-                        "the same command again: it goes on with what is missing")
+    finally:
+        _kept(internal_kv._internal_kv_del, f"{run}/", del_by_prefix=True)
 
 
 def _packed(error: BaseException) -> bytes:

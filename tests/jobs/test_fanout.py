@@ -118,11 +118,33 @@ def test_an_error_of_a_worker_arrives_as_itself(ray_session, what, kind, text):
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["loading", "working"])
 def test_work_that_always_loses_its_process_ends(ray_session, moment):
+    from ray.experimental import internal_kv
+
     from mdt_ray.jobs import fanout
 
     items = [{"number": i} for i in range(3)]
     with pytest.raises(RuntimeError, match="part of the work cost 5 worker processes, most often for want of memory"):
         list(fanout.run_chunks(items, Dying, (moment,), WorkersConfig()))
+    assert internal_kv._internal_kv_list("", namespace=fanout.KEEPER) == [], "no count is left"
+
+
+def test_what_is_counted_are_processes_that_began_an_item_and_did_not_end_it(ray_session):
+    from ray.experimental import internal_kv
+
+    from mdt_ray.jobs import fanout
+
+    for _ in range(fanout.LOSSES + 2):
+        with fanout._counted("a/1"):
+            pass
+    begun = [fanout._counted("a/1") for _ in range(fanout.LOSSES + 1)]
+    for one in begun:
+        one.__enter__()
+    with fanout._counted("a/2"), pytest.raises(RuntimeError, match="cost 5 worker processes"), fanout._counted("a/1"):
+        pass
+    begun.pop().__exit__(None, None, None)
+    with fanout._counted("a/1"):
+        pass
+    assert internal_kv._internal_kv_list("", namespace=fanout.KEEPER) == []
 
 
 def test_workers_that_cannot_start_say_why(ray_session, tmp_path, monkeypatch):
