@@ -58,15 +58,16 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     """
     budget = Budget(config)
     config, space, run, wanted = _prepared(config)
-    for t in wanted.trials:
-        if config.retry_failed and (t.result() or {}).get("status") == FAILED:
-            storage.remove(t.folder)
-    reason = budget.used_up() if wanted.num_left else None
-    if wanted.num_left and not reason:
+    again = [t for t in wanted.trials if config.retry_failed and (t.result() or {}).get("status") == FAILED]
+    is_work = wanted.num_left or again
+    reason = budget.used_up() if is_work else None
+    if is_work and not reason:
         wish = session.start_heeding(dashboard=True)
         if wish.signum is None:
             session.require_room(config.train.workers)
             with run_folder.claim(config.output, run) as claim, stop_signals() as wish:
+                for t in again:
+                    storage.remove(t.folder)
                 shared = search.Sweep(config, objective(config, space), claim, budget, wish)
                 if config.search == "optuna":
                     reason = search.run_suggested(shared, space, wanted.trials, [r["point"] for r in wanted.invalid])

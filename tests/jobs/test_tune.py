@@ -80,6 +80,10 @@ def test_trials_are_run_once_whatever_becomes_of_them(latents, tmp_path):
     assert times() == before, "nothing was run or written again"
     config = sweep(tmp_path, latents, space.replace("{'loss.mask_ratio': 0.6}, ", ""), num_seeds=3, retry_failed=True)
     held = results_of(tmp_path)
+    with run_folder.claim(config.output, storage.read_json(f"{config.output}/run.json")), \
+            pytest.raises(ValueError, match="is being written by process"):
+        tune(config)
+    assert results_of(tmp_path) == held, "who may not write deletes nothing"
     wider = tune(config)
     assert [len(wider[key]) for key in ("points", "trials", "failed")] == [1, 3, 6]
     changed = {name for name, result in results_of(tmp_path).items() if result != held.get(name)}
