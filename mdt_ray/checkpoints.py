@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from mdt_ray import columns, storage
+from mdt_ray import storage, tables
 
 logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -129,15 +129,15 @@ def resolve(uri: str) -> str:
 def write_metrics(uri: str, rows: list[dict]) -> None:
     """Write a metrics.parquet, whole. A row may lack columns; those are null."""
     names = dict.fromkeys(name for row in rows for name in row)
-    storage.write_table(uri, pa.table({name: [row.get(name) for row in rows] for name in names}))
+    tables.write(uri, pa.table({name: [row.get(name) for row in rows] for name in names}))
 
 
 def read_metrics(uri: str) -> list[dict]:
     """The rows of a metrics.parquet, each without the columns that it lacked. Raises FileNotFoundError, and ValueError for
     what is no table of numbers and short texts."""
-    file = storage.open_parquet(pa.BufferReader(storage.read_bytes(uri)))
+    file = tables.open_file(uri)
     try:
-        found = columns.values(file, file.schema_arrow.names)
+        found = tables.values(file, file.schema_arrow.names)
     except ValueError as error:
         raise ValueError(f"{uri}: {error}") from error
     rows = zip(*found.values(), strict=True)

@@ -18,9 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from mdt_ray import config_io
 
@@ -227,35 +225,6 @@ def move(uri: str, target: str) -> None:
     """Rename a file on the same filesystem."""
     fs, path = resolve(uri)
     patiently(fs, lambda: fs.move(path, resolve(target)[1]))
-
-
-def write_table(uri: str, table: pa.Table, **options: Any) -> None:
-    """Create or replace a Parquet file, whole."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, **options)
-    write_bytes(uri, sink.getvalue().to_pybytes())
-
-
-def read_table(uri: str) -> pa.Table:
-    """A whole Parquet file. Raises FileNotFoundError."""
-    return open_parquet(pa.BufferReader(read_bytes(uri))).read()
-
-
-def open_parquet(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
-    """An open file as Parquet, with pyarrow's options. Raises ValueError for what no table of ours, and no data set, needs:
-    columns whose values Python makes (Ray registers a type that unpickles them), and many more rows than bytes."""
-    file = pq.ParquetFile(handle, **options)
-    if names := [field.name for field in file.schema_arrow if _makes_objects(field.type)]:
-        raise ValueError(f"its columns {', '.join(names)} hold Python objects, which could run code: not read")
-    if file.metadata.num_rows > 4 * handle.size():
-        raise ValueError(f"has {file.metadata.num_rows} rows in {handle.size()} bytes: not read")
-    return file
-
-
-def _makes_objects(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _makes_objects(kind.value_type)
-    return isinstance(kind, pa.ExtensionType) or any(_makes_objects(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def remove(uri: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "mdt_ray"
-BASE = {"columns", "config", "config_io", "presets", "storage", "run_folder", "checkpoints", "interrupts"}
+BASE = {"config", "config_io", "presets", "storage", "tables", "run_folder", "checkpoints", "interrupts"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "models": BASE | {"models"},

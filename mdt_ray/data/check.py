@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from mdt_ray import storage
+from mdt_ray import storage, tables
 from mdt_ray.data import latents
 from mdt_ray.data.latents import LatentFile, Manifest
 
@@ -67,7 +67,7 @@ def _check_file(folder: str, manifest: Manifest, file: LatentFile,
     data = storage.read_bytes(storage.join(folder, file.name))
     if storage.sha256(data) != file.sha256:
         return [Problem(file.name, "checksum differs: its bytes have changed", damaged=True)], None
-    table = storage.open_parquet(pa.BufferReader(data)).read()
+    table = tables.open_handle(pa.BufferReader(data)).read()
     problems = []
     columns = ["moments"] + ["moments_flip"] * manifest.flip
     row_bytes = 2 * int(np.prod(manifest.shape)) * 2

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mdt_ray import config_io, storage
+from mdt_ray import config_io, storage, tables
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -144,7 +144,7 @@ def statistics(parts: list[dict[str, Any]]) -> dict[str, list[float]]:
 def write_rejected(folder: str, rejected: list[dict[str, str]]) -> None:
     """rejected.parquet: id and reason of every image that could not be read."""
     schema = pa.schema([("id", pa.string()), ("reason", pa.string())])
-    storage.write_table(storage.join(folder, REJECTED), pa.Table.from_pylist(rejected, schema))
+    tables.write(storage.join(folder, REJECTED), pa.Table.from_pylist(rejected, schema))
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
@@ -154,7 +154,7 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
 def read_rejected(folder: str) -> list[dict[str, str]]:
     """What `write_rejected` wrote; nothing, where it is missing."""
     try:
-        return storage.read_table(storage.join(folder, REJECTED)).to_pylist()
+        return tables.read(storage.join(folder, REJECTED)).to_pylist()
     except FileNotFoundError:
         return []
 
@@ -225,8 +225,8 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
             metadata = _metadata(uri, file.sha256)
             fs, path = storage.resolve(uri)
             with fs.open_input_file(path) as handle:
-                table = storage.open_parquet(handle, metadata=metadata).read_row_group(
-                    group, columns=columns + others, use_threads=False)
+                table = pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns=columns + others,
+                                                                                   use_threads=False)
             break
         except (OSError, ValueError) as error:
             if _is_damaged(uri, file):
@@ -256,9 +256,10 @@ def _is_damaged(uri: str, file: LatentFile) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _metadata(uri: str, sha256: str) -> pq.FileMetaData:
-    """A file's own index, read once."""
+    """A file's own index, read and checked once."""
     fs, path = storage.resolve(uri)
-    return pq.read_metadata(path, filesystem=fs)
+    with fs.open_input_file(path) as handle:
+        return tables.open_handle(handle).metadata
 
 
 def binary_rows(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:

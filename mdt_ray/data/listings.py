@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from mdt_ray import columns, storage
+from mdt_ray import storage, tables
 from mdt_ray.data import tars
 from mdt_ray.data.sources import IMAGE_SUFFIXES, Source
 
@@ -131,8 +131,8 @@ def _csv_table(handle: pa.NativeFile) -> tuple[list[str], Callable]:
 
 
 def _parquet_table(handle: pa.NativeFile) -> tuple[list[str], Callable]:
-    file = storage.open_parquet(handle)
-    return file.schema_arrow.names, functools.partial(columns.values, file)
+    file = tables.open_handle(handle)
+    return file.schema_arrow.names, functools.partial(tables.values, file)
 
 
 def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
@@ -150,7 +150,7 @@ def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
             logger.warning("%s has row groups of %d rows; each is read from its start for every chunk in it. Written with "
                            "row groups of some hundred rows it would be read once", name, largest)
         try:
-            found = columns.values(file, ["label"] * labelled + ["image.path"] * has_path)
+            found = tables.values(file, ["label"] * labelled + ["image.path"] * has_path)
         except ValueError as error:
             raise ValueError(f"{storage.join(folder, name)}: {error}") from error
         count = file.metadata.num_rows
@@ -165,7 +165,7 @@ def _open_parquet(folder: str, name: str) -> Iterator[pq.ParquetFile]:
     fs, path = storage.resolve_below(folder, name)
     try:
         handle = storage.patiently(fs, lambda: fs.open_input_file(path))
-        file = storage.patiently(fs, lambda: storage.open_parquet(handle))
+        file = storage.patiently(fs, lambda: tables.open_handle(handle))
     except (OSError, ValueError) as error:
         raise ValueError(f"{storage.join(folder, name)}: not a readable Parquet file ({error})") from error
     with handle:
@@ -245,7 +245,7 @@ def read_parts(uri: str, parts: Sequence[int] | None = None) -> tuple[pa.Table, 
 
     def read() -> tuple[pa.Table, list[int], list[str]]:
         with fs.open_input_file(path) as handle:
-            file = storage.open_parquet(handle)
+            file = tables.open_handle(handle)
             rows = file.read() if parts is None else file.read_row_groups(list(parts))
             sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
             return rows, sizes, json.loads(file.schema_arrow.metadata[b"mdt_ray.class_names"])

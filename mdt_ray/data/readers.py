@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mdt_ray import storage
+from mdt_ray import storage, tables
 
 READ_THREADS = 16
 """Pictures of a folder that are fetched at the same time: an object store answers each after tens of milliseconds."""
@@ -140,7 +140,7 @@ def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array
         while True:  # again from where it broke off
             try:
                 with fs.open_input_file(path) as handle:
-                    file = storage.open_parquet(handle, buffer_size=STREAM_BYTES, pre_buffer=False)
+                    file = tables.open_handle(handle, buffer_size=STREAM_BYTES, pre_buffer=False)
                     for part in _row_range(file, first, stop, size):
                         first += len(part)
                         yield part

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.fs as pafs
 
-from mdt_ray import storage
+from mdt_ray import storage, tables
 
 logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -70,8 +70,8 @@ def open_source(uri: str, labels: str = "", need_labels: bool = True) -> Source:
     if embedded:
         uri = str(DIGITS / "digits.parquet")
     folder, infos = _files_below(uri)
-    tables = {name: storage.join(folder, name) for name in infos if name in LABEL_TABLES}
-    kinds, ignored = _by_kind([n for n in sorted(infos.keys() - tables.keys()) if storage.join(folder, n) != labels])
+    beside = {name: storage.join(folder, name) for name in infos if name in LABEL_TABLES}
+    kinds, ignored = _by_kind([n for n in sorted(infos.keys() - beside.keys()) if storage.join(folder, n) != labels])
     found = [kind for kind, names in kinds.items() if names]
     if not found:
         raise ValueError(f"source = {uri!r}: holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}), no *.parquet and no "
@@ -88,11 +88,11 @@ def open_source(uri: str, labels: str = "", need_labels: bool = True) -> Source:
     if not need_labels and not labels:
         labelled = False
     elif found[0] == "pictures" and not labels:
-        if len(tables) == 1:
-            labels = next(iter(tables.values()))
-        elif tables or not any("/" in name for name in names):
+        if len(beside) == 1:
+            labels = next(iter(beside.values()))
+        elif beside or not any("/" in name for name in names):
             raise ValueError(f"source = {uri!r}: its pictures have no labels; give each class a subfolder, or name a table "
-                             f"with columns file and label by --labels (found: {', '.join(tables) or 'none'})")
+                             f"with columns file and label by --labels (found: {', '.join(beside) or 'none'})")
     times = [0 if embedded else infos[n].mtime_ns or 0 for n in names]  # an installation gives our own file a new time
     files = pa.table([names, [infos[n].size for n in names], times], schema=FILES)
     return Source(folder=folder, kind=found[0], files=files, labels=labels, labelled=labelled)
@@ -139,7 +139,7 @@ def _files_below(uri: str) -> tuple[str, dict[str, pafs.FileInfo]]:
 
 def write_files(uri: str, source: Source) -> None:
     """Keep the source's files as they are now, for `changes`."""
-    storage.write_table(uri, source.files.replace_schema_metadata({"mdt_ray.place": source.place}), compression="zstd")
+    tables.write(uri, source.files.replace_schema_metadata({"mdt_ray.place": source.place}), compression="zstd")
 
 
 def changes(begun: pa.Table, source: Source) -> list[str]:

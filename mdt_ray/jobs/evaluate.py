@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mdt_ray import checkpoints, config_io, run_folder, storage
+from mdt_ray import checkpoints, config_io, run_folder, storage, tables
 from mdt_ray.config import EvaluateConfig, SamplingConfig, require
 from mdt_ray.data import latents, picture_sets
 from mdt_ray.data.picture_sets import PictureSet
@@ -340,5 +340,5 @@ def _write_ranges(p: Plan, parts: list[Plan]) -> None:
 def _write(p: Plan, found: dict[str, Any]) -> None:
     flat = {name: json.dumps(value) if isinstance(value, list | tuple) else value
             for name, value in config_io.flatten(json.loads(json.dumps(found))).items()}
-    storage.write_table(storage.join(p.config.output, ROW), pa.Table.from_pylist([flat]))
+    tables.write(storage.join(p.config.output, ROW), pa.Table.from_pylist([flat]))
     storage.write_json(storage.join(p.config.output, METRICS), found)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from mdt_ray import config_io, run_folder, storage
+from mdt_ray import config_io, run_folder, storage, tables
 from mdt_ray.config import PrecomputeConfig, VaeConfig
 from mdt_ray.data import latents, listings, sources
 from mdt_ray.data.latents import LatentFile, Manifest
@@ -97,7 +97,7 @@ def _begun_with(config: PrecomputeConfig) -> VaeConfig | None:
 def refuse_changes(output: str, source: Source) -> None:
     """Raise ValueError naming the files of the source that changed since a run here began."""
     try:
-        begun = storage.read_table(storage.join(output, SOURCE))
+        begun = tables.read(storage.join(output, SOURCE))
     except FileNotFoundError:
         return
     lines = sources.changes(begun, source)

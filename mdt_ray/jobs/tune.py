@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.csv as pacsv
 
-from mdt_ray import config_io, run_folder, storage
+from mdt_ray import config_io, run_folder, storage, tables
 from mdt_ray.config import TuneConfig, require
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
@@ -278,7 +278,7 @@ def _write_report(config: TuneConfig, table: dict[str, Any], by_name: dict[str, 
     storage.write_bytes(at(BEST), settings.encode())
     storage.write_bytes(at(BEST_EVALUATE), config_io.to_toml(judged).encode())
     rows = trials.as_table([*table["trials"], *table["stopped"], *table["failed"]])
-    storage.write_table(at("trials.parquet"), rows)
+    tables.write(at("trials.parquet"), rows)
     with io.BytesIO() as text:
         pacsv.write_csv(rows, text)
         storage.write_bytes(at("trials.csv"), text.getvalue())

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mdt_ray import storage
+from mdt_ray import storage, tables
 from mdt_ray.data import listings, readers, sources
 from tests import s3
 from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
@@ -179,7 +179,7 @@ def test_changed_files_are_named(tmp_path):
     before = sources.open_source(str(root))
     uri = str(tmp_path / "kept.parquet")
     sources.write_files(uri, before)
-    assert sources.changes(storage.read_table(uri), sources.open_source(str(root))) == []
+    assert sources.changes(tables.read(uri), sources.open_source(str(root))) == []
     (root / "n01" / "n01_1.JPEG").unlink()
     (root / "n02" / "new.JPEG").write_bytes(PICTURES[0])
     (root / "n03" / "n03_3.JPEG").write_bytes(b"longer" + PICTURES[3])
@@ -187,7 +187,7 @@ def test_changed_files_are_named(tmp_path):
     same_size.write_bytes(bytes(len(PICTURES[6])))
     os.utime(same_size, ns=(1, 1))
     after = sources.open_source(str(root))
-    assert sources.changes(storage.read_table(uri), after) == [
+    assert sources.changes(tables.read(uri), after) == [
         "n01/n01_1.JPEG: removed", "n02/new.JPEG: added",
         f"n03/n03_3.JPEG: {len(PICTURES[3])} -> {len(PICTURES[3]) + 6} bytes", "n03/n03_6.JPEG: modified since"]
     assert before.fingerprint != after.fingerprint
@@ -204,8 +204,8 @@ def test_a_source_may_move(tmp_path):
     os.utime(tmp_path / "source" / "n01" / "n01_1.JPEG", ns=(5, 5))
     again = sources.open_source(f"{tmp_path}/source/")
     assert same.place == before.place
-    assert sources.changes(storage.read_table(str(tmp_path / "kept.parquet")), again) == ["n01/n01_1.JPEG: modified since"]
-    assert sources.changes(storage.read_table(str(tmp_path / "kept.parquet")), moved) == []
+    assert sources.changes(tables.read(str(tmp_path / "kept.parquet")), again) == ["n01/n01_1.JPEG: modified since"]
+    assert sources.changes(tables.read(str(tmp_path / "kept.parquet")), moved) == []
 
 
 def test_labels_are_part_of_the_fingerprint(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdt_ray import checkpoints, storage
+from mdt_ray import checkpoints
 from mdt_ray.config import LossConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader
@@ -297,14 +297,14 @@ def test_a_checkpoint_is_written_when_the_store_answers_again(folder, tmp_path, 
 
 def test_latents_are_read_when_the_store_answers_again(folder, tmp_path, monkeypatch):
     """A store that does not answer is waited for; it is no reason to call the latents damaged."""
-    failures, reading = [OSError("503")] * 3, storage.open_parquet
+    failures, reading = [OSError("503")] * 3, latents.pq.ParquetFile
 
     def flaky(*arguments, **more):
         if failures and "metadata" in more:  # of latents
             raise failures.pop()
         return reading(*arguments, **more)
 
-    monkeypatch.setattr(storage, "open_parquet", flaky)
+    monkeypatch.setattr(latents.pq, "ParquetFile", flaky)
     monkeypatch.setattr(latents, "RETRY_SECONDS", (0.01,) * 3)
     assert run(tiny_training(folder, tmp_path, num_steps=2)).step == 2
     failures[:] = [OSError("503")] * 99

@@ -1,4 +1,5 @@
-"""Columns of numbers and short texts from Parquet files that others wrote: a file of a kilobyte may unpack to gigabytes.
+"""Tables in Parquet: ours, written whole; and those of others, opened with care: they may hold what runs code, and a
+kilobyte may unpack to gigabytes.
 
 Not a reader of pictures, nor of latents.
 """
@@ -10,12 +11,51 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mdt_ray import storage
+
 MAX_TEXT_BYTES = 4096
 """Of a label or a path."""
-KINDS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null, pa.types.is_string,
-         pa.types.is_large_string)
+NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 BATCH_BYTES = 2**26
 """Unpacked at once, at most, where each row is as long as all that the file has for the column."""
+
+
+def write(uri: str, table: pa.Table, **options: Any) -> None:
+    """Create or replace a Parquet file, whole."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+
+
+def read(uri: str) -> pa.Table:
+    """A whole Parquet file. Raises FileNotFoundError, and ValueError as `open_file`."""
+    return open_file(uri).read()
+
+
+def open_file(uri: str) -> pq.ParquetFile:
+    """A small Parquet file, fetched whole. Raises FileNotFoundError, and ValueError naming what is none or is refused."""
+    data = storage.read_bytes(uri)
+    try:
+        return open_handle(pa.BufferReader(data))
+    except ValueError as error:
+        raise ValueError(f"{uri}: {error}") from error
+
+
+def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
+    """An open file as Parquet, with pyarrow's options. Raises ValueError for what no table of ours, and no data set, needs:
+    columns whose values Python makes (Ray registers a type that unpickles them), and many more rows than bytes."""
+    file = pq.ParquetFile(handle, **options)
+    if names := [field.name for field in file.schema_arrow if _makes_objects(field.type)]:
+        raise ValueError(f"its columns {', '.join(names)} hold Python objects, which could run code: not read")
+    if file.metadata.num_rows > 4 * handle.size():
+        raise ValueError(f"has {file.metadata.num_rows} rows in {handle.size()} bytes: not read")
+    return file
+
+
+def _makes_objects(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _makes_objects(kind.value_type)
+    return isinstance(kind, pa.ExtensionType) or any(_makes_objects(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def values(file: pq.ParquetFile, paths: Sequence[str]) -> dict[str, list[Any]]:
@@ -27,7 +67,7 @@ def values(file: pq.ParquetFile, paths: Sequence[str]) -> dict[str, list[Any]]:
     places = {path: [path] if path in schema.names else path.split(".") for path in paths}
     for path, (first, *rest) in places.items():
         kind = schema.field(first).type.field(*rest).type if rest else schema.field(first).type
-        if not any(is_kind(kind) for is_kind in KINDS):
+        if not (_is_text(kind) or any(is_kind(kind) for is_kind in NUMBERS)):
             raise ValueError(f"column {path} is of type {kind}; it must be of numbers or of texts")
     found: dict[str, list[Any]] = {path: [] for path in paths}
     same: dict[str, str] = {}
