@@ -19,7 +19,7 @@ T = TypeVar("T")
 SECRET = re.compile(r"(?<=://)[^/?#\s]*:[^/?#\s]*(?=@)"
                     r"|(?<=s3://)[^/?#\s@:]*:[^?#\s@]*(?=@)"  # (a secret key may have slashes)
                     r"|(?:(?<=http://)|(?<=https://))[^/?#\s@]+(?=@)"  # a token alone
-                    r"|(?<=[?&])(?:[a-z_]*_?(?:key|token|secret|password)|sig|signature|awsaccesskeyid|key-pair-id"
+                    r"|(?<=[?&])(?:[a-z_]*(?:key|token|secret|password)|sig|signature|awsaccesskeyid|key-pair-id"
                     r"|x-(?:amz|goog)-[a-z-]+)=[^&\s]*",
                     re.IGNORECASE)
 """What opens a store, in a URI: `key:secret@`, or among its options."""

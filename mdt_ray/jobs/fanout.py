@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.data import ActorPoolStrategy
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
 from mdt_ray.config import WorkersConfig
@@ -131,13 +131,11 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
             if FAILURE in row:
                 raise pickle.loads(row[FAILURE])  # bytes that our own actor made
             yield {name: value for name, value in row.items() if name != NUMBER}
-    except RayActorError as error:
-        if not getattr(error, "actor_init_failed", False):
-            raise
-        reason = str(error).strip().splitlines()[-1]
-        raise RuntimeError(f"a worker could not start: {reason}; mend that on its node, and run the same command again"
-                           ) from None
     except RayError as error:
+        if getattr(error, "actor_init_failed", False):
+            reason = str(error).strip().splitlines()[-1]
+            raise RuntimeError(f"a worker could not start: {reason}; mend that on its node, and run the same command again"
+                               ) from None
         raise root_cause(error) from None
     finally:
         _kept(internal_kv._internal_kv_del, f"{run}/", del_by_prefix=True)
