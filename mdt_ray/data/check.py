@@ -67,7 +67,10 @@ def _check_file(folder: str, manifest: Manifest, file: LatentFile,
     data = storage.read_bytes(storage.join(folder, file.name))
     if storage.sha256(data) != file.sha256:
         return [Problem(file.name, "checksum differs: its bytes have changed", damaged=True)], None
-    table = tables.open_handle(pa.BufferReader(data)).read()
+    try:
+        table = tables.open_handle(pa.BufferReader(data)).read()
+    except ValueError as error:
+        return [Problem(file.name, str(error))], None
     problems = []
     columns = ["moments"] + ["moments_flip"] * manifest.flip
     row_bytes = 2 * int(np.prod(manifest.shape)) * 2

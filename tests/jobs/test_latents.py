@@ -83,6 +83,14 @@ def test_rows_of_a_wrong_size_and_missing_columns_are_named(folder):
     check(folder, r"chunk-00000.parquet: has no column moments")
 
 
+def test_a_file_that_is_not_read_is_named(folder):
+    import ray.data  # noqa: F401  (it registers the type)
+
+    kind = pa.field("extra", pa.large_binary(), metadata={"ARROW:extension:name": "ray.data.arrow_pickled_object"})
+    rewrite(folder, lambda table: table.append_column(kind, pa.array([b""] * table.num_rows, pa.large_binary())))
+    check(folder, r"1 problem:\n  chunk-00000.parquet: its columns extra hold Python objects")
+
+
 def test_counts_ids_and_splits_are_compared_with_the_manifest(folder):
     rewrite(folder, lambda table: table.set_column(1, "label", pa.array([0] * table.num_rows, pa.int32())))
     check(folder, r"manifest.json: 10 classes have other counts than the files, such as class 0: 10, in the files")
