@@ -97,6 +97,11 @@ class Line(Store):
             timer.join()
             self.mend()
 
+    def end(self) -> None:
+        """Break off all connections, for good."""
+        self._run(self._hang_up())
+        self._run(self._await_all())
+
     def _run(self, task) -> None:
         asyncio.run_coroutine_threadsafe(task, self.loop).result()
 
@@ -110,6 +115,10 @@ class Line(Store):
         self.server = None
         for writer in self.writers:
             writer.transport.abort()
+
+    async def _await_all(self) -> None:
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=10)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, onward = await asyncio.open_connection(self.target[0], int(self.target[1]))
@@ -132,11 +141,14 @@ def forwarded(store: Store, seconds: float = 0.0, host: str = "127.0.0.1") -> It
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
+    line = Line(store, loop, seconds, host)
     try:
-        yield Line(store, loop, seconds, host)
+        yield line
     finally:
+        line.end()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        loop.close()
 
 
 @contextlib.contextmanager
