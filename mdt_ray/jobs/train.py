@@ -238,13 +238,13 @@ def _fit(trainer: TorchTrainer) -> None:
     held = nodes.reserved()
     try:
         trainer.fit()
+    except (RayActorError, ray.train.ControllerError) as error:
+        # Of Ray Train's controller: lost, or failed as its workers began (a host went away). What it had reserved for them
+        # would stay reserved. (In a sweep that of trials that started since goes too, and they start again.)
+        nodes.release(nodes.reserved() - held)
+        raise fanout.root_cause(getattr(error, "controller_failure", error)) from None
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from None
-    except RayActorError:
-        # Of Ray Train's controller. What it had reserved for workers that were about to start would stay reserved. (In a
-        # sweep that of trials that started since goes too, and they start again.)
-        nodes.release(nodes.reserved() - held)
-        raise
 
 
 def _cause(error: ray.train.TrainingFailedError) -> BaseException:

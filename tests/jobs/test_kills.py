@@ -161,6 +161,30 @@ def test_what_a_lost_controller_had_reserved_is_given_back(folder, latents, envi
 
 
 @pytest.mark.slow
+def test_what_a_failed_controller_had_reserved_is_given_back(ray_session):
+    """It lets go of workers of which a host goes away just as they are told to begin."""
+    import ray.train
+    from ray.exceptions import ActorUnavailableError
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    from mdt_ray.jobs import train
+
+    class Host(WorkerGroupCallback):
+        def after_worker_group_training_start(self, worker_group):
+            raise ActorUnavailableError("socket closed", None)
+
+    class Trainer(train._Trainer):
+        def _create_default_callbacks(self) -> list:
+            return [*super()._create_default_callbacks(), Host()]
+
+    trainer = Trainer(lambda settings: time.sleep(600), train_loop_config={},
+                      scaling_config=ray.train.ScalingConfig(num_workers=1))
+    with pytest.raises(ActorUnavailableError, match="socket closed"):
+        train._fit(trainer)
+    assert harness.open_placement_groups() == []
+
+
+@pytest.mark.slow
 def test_nothing_that_would_outlive_a_killed_driver_is_started(folder, latents, environment):
     """Ray Train's PlacementGroupCleaner stays for ever where its controller dies before it was told to look."""
     seen, output = [], f"{folder}/attended"
