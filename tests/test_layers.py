@@ -76,3 +76,14 @@ def test_help_imports_no_heavy_library(arguments, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("job", "left_out"), [
+    ("train", {"scipy.stats", "matplotlib"}), ("precompute", {"scipy.stats", "matplotlib"}),
+    ("evaluate", {"scipy.stats", "matplotlib"}), ("trial", {"scipy.stats", "matplotlib"}),
+    ("decode", {"torch", "diffusers", "scipy", "matplotlib", "ray.data"})])
+def test_processes_of_a_job_load_what_they_need(job, left_out):
+    """Each of them imports its job's module, on a laptop all at once."""
+    code = f"import sys\nimport mdt_ray.jobs.{job}\nsys.exit(str({left_out!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "set()\n"

@@ -1,19 +1,25 @@
 """From noise to latents with diffusers' schedulers: `make_scheduler` has the settings that reproduce the reference chains,
-and any other scheduler of diffusers may be handed in.
+and any other scheduler of diffusers may be handed in. (They are imported late: they load all of SciPy, which takes a second
+of each process.)
 
 B batch, C latent channels, h x w latent size.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 
 from mdt_ray.config import NUM_TIMESTEPS
 from mdt_ray.diffusion.guidance import Denoiser
 from mdt_ray.diffusion.loss import BETA_END, BETA_START
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver++")
 LEARNED = ("learned", "learned_range")
@@ -28,6 +34,8 @@ def make_scheduler(sampler: str) -> SchedulerMixin:
     dpm-solver++: second-order multistep.
     Raises ValueError for another name.
     """
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
     betas = {"num_train_timesteps": NUM_TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "linear"}
     if sampler == "ddpm":
         return DDPMScheduler(**betas, variance_type="learned_range", clip_sample=False, timestep_spacing="linspace")
@@ -48,6 +56,8 @@ def ready(scheduler: SchedulerMixin, num_steps: int, device: torch.device | str 
 
     Raises ValueError for less than one step, or a scheduler that expects another prediction than the noise.
     """
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
     config = dict(scheduler.config)
     if num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}: must be at least 1")

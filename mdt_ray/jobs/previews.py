@@ -24,7 +24,6 @@ from mdt_ray.inference.sampler import Sampler, labels_of
 from mdt_ray.interrupts import Stopped, Wish
 from mdt_ray.jobs import fanout, session
 from mdt_ray.jobs.evaluate import evaluate_many
-from mdt_ray.report import figures
 from mdt_ray.training.samples import PREVIEW, SAMPLES, due, folder_of
 
 logger = logging.getLogger(__name__)
@@ -95,6 +94,8 @@ class Previews:
 @ray.remote(max_retries=2)
 def _preview(plain: dict[str, Any], step: int) -> dict[str, float]:
     """Draw and measure; returns columns whose names carry the extractor and the number of samples, as a sweep's do."""
+    from mdt_ray.report import figures  # loads matplotlib: not in every process that trains
+
     config = config_io.from_dict(TrainConfig, plain)
     judged = dataclasses.replace(config.samples, output=folder_of(config.output, step), checkpoint=storage.join(
         config.output, checkpoints.CHECKPOINTS, checkpoints.name(step)))

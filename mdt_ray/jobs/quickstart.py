@@ -5,9 +5,10 @@ import dataclasses
 import time
 from collections.abc import Iterator
 
-from mdt_ray import checkpoints, report, storage
+from mdt_ray import checkpoints, storage
 from mdt_ray.config import EvaluateConfig, QuickstartConfig, require
 from mdt_ray.jobs import evaluate, precompute, train, tune
+from mdt_ray.report import page
 
 STAGES = "stages.json"
 
@@ -41,7 +42,7 @@ def quickstart(config: QuickstartConfig) -> str:
         evaluations = evaluations_of(config)
         results = dict(zip(evaluations, evaluate.evaluate_many(list(evaluations.values()), config.evaluate.output),
                            strict=True))
-    return report.write(config, evaluations, results, sweep, clock.seconds)
+    return page.write(config, evaluations, results, sweep, clock.seconds)
 
 
 def evaluations_of(config: QuickstartConfig) -> dict[str, EvaluateConfig]:

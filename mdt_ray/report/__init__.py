@@ -1,5 +1,1 @@
-"""The report: one self-contained HTML page about a run of all four jobs."""
-
-from mdt_ray.report.page import write
-
-__all__ = ["write"]
+"""What people are shown of runs: HTML pages, and the pictures in them. No Ray, and nothing is measured here."""

@@ -13,7 +13,6 @@ from mdt_ray.data import latents
 from mdt_ray.data.vae import Vae
 from mdt_ray.evaluation import neighbours
 from mdt_ray.evaluation.neighbours import Memorisation
-from mdt_ray.report import figures
 
 NUM_NEAREST = 3
 
@@ -46,6 +45,8 @@ def memorisation(sample_latents: np.ndarray, sample_pictures: np.ndarray, folder
 
 
 def _picture(found: Memorisation, shown: np.ndarray, sample_pictures: np.ndarray, vae: Vae) -> bytes:
+    from mdt_ray.report import figures  # loads matplotlib: not in every process that evaluates
+
     near, threshold = found.neighbours, found.threshold
     rows, labels, captions = [], [], []
     for i in shown:
