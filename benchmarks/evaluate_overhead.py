@@ -27,6 +27,7 @@ import psutil
 import torch
 
 from mdt_ray import checkpoints, config_io, presets, storage
+from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import EvaluateConfig, VaeConfig, WorkersConfig
 from mdt_ray.data.vae import load_vae
 from mdt_ray.evaluation import chunks
@@ -34,7 +35,6 @@ from mdt_ray.evaluation.extractors import load_extractor
 from mdt_ray.inference.sampler import draw_latents, labels_of, load_decoder, load_networks
 from mdt_ray.training import state as states
 from mdt_ray.training.optim import build_optimizer
-from mdt_ray.training.run import autocast_dtype
 from mdt_ray.training.step import build_model
 
 

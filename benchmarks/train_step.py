@@ -17,6 +17,7 @@ import torch
 from forward import medians
 from published_step import PublishedStep
 
+from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import TrainConfig
 from mdt_ray.data.loader import Batch
 from mdt_ray.models.compiling import compile_blocks
@@ -24,7 +25,6 @@ from mdt_ray.presets import preset
 from mdt_ray.training import loop
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
-from mdt_ray.training.run import autocast_dtype
 from mdt_ray.training.state import TrainState
 from mdt_ray.training.step import TrainingStep, build_model
 

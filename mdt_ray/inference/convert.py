@@ -16,8 +16,8 @@ from mdt_ray import checkpoints, run_folder, storage
 from mdt_ray.config import NON_COMMERCIAL
 from mdt_ray.inference.card import model_card
 from mdt_ray.inference.labels import imagenet_classes
-from mdt_ray.inference.sampler import MODEL_CLASSES, load_model
-from mdt_ray.models import MDT, DiT, official
+from mdt_ray.inference.sampler import load_model
+from mdt_ray.models import CLASSES, MDT, DiT, official
 
 SPARE = "spare.safetensors"
 """Beside a converted model: the published tensors that ours has no place for, so that a conversion back is bit-equal."""
@@ -162,7 +162,7 @@ def fingerprint_of(source: str) -> str:
 
 def _is_our_pipeline(source: str) -> bool:
     part = storage.join(source, "transformer", "config.json")
-    return storage.exists(part) and storage.read_json(part).get("_class_name") in MODEL_CLASSES
+    return storage.exists(part) and storage.read_json(part).get("_class_name") in CLASSES
 
 
 def origin_of(source: str) -> dict[str, Any]:

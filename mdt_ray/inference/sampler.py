@@ -3,8 +3,11 @@
 B batch, C latent channels, h x w latent, H x W image.
 """
 
+from __future__ import annotations
+
 import tempfile
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,10 +17,9 @@ from mdt_ray.config import SamplingConfig, VaeConfig
 from mdt_ray.data.vae import Vae, load_vae
 from mdt_ray.diffusion.guidance import Denoiser, guided
 from mdt_ray.diffusion.sampling import make_scheduler, sample
-from mdt_ray.models import MDT, DiT
-from mdt_ray.models.compiling import compile_blocks
 
-MODEL_CLASSES = {"MDT": MDT, "DiT": DiT}
+if TYPE_CHECKING:
+    from mdt_ray.models import MDT, DiT
 
 
 def check_weights(checkpoint: str, weights: str) -> None:
@@ -33,11 +35,13 @@ def load_model(checkpoint: str, weights: str) -> MDT | DiT:
 
     Raises ValueError as `check_weights`.
     """
+    from mdt_ray.models import CLASSES  # imports diffusers, which takes seconds: not where a checkpoint is only named
+
     check_weights(checkpoint, weights)
     with tempfile.TemporaryDirectory() as parent:
         folder = storage.fetch_folder(storage.join(checkpoint, weights), parent)
         name = storage.read_json(str(folder / "config.json"))["_class_name"]
-        return MODEL_CLASSES[name].from_pretrained(folder, low_cpu_mem_usage=False).eval().requires_grad_(False)
+        return CLASSES[name].from_pretrained(folder, low_cpu_mem_usage=False).eval().requires_grad_(False)
 
 
 def check_guide(facts: dict, guide: str) -> None:
@@ -105,6 +109,8 @@ def prepare(model: MDT | DiT, autocast_dtype: torch.dtype | None, compile: bool)
     if autocast_dtype is not None:
         cast_products(model, autocast_dtype)
     if compile:
+        from mdt_ray.models.compiling import compile_blocks
+
         compile_blocks(model)
     return model
 

@@ -14,12 +14,12 @@ import torch
 from safetensors.numpy import load as load_safetensors
 
 from mdt_ray import config_io, storage
+from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import EvaluateConfig, WorkersConfig
 from mdt_ray.inference.sampler import Networks, draw_latents, labels_of, load_decoder, load_networks
 from mdt_ray.jobs import session
 from mdt_ray.jobs.fanout import Stage
 from mdt_ray.jobs.stages import ARRAYS, Measure, Read, packed
-from mdt_ray.training.run import autocast_dtype
 
 SHARE = 0.1
 """Of a GPU, for all decoders together, and for all feature networks: a sampler fits beside them, wherever they are."""

@@ -19,6 +19,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from mdt_ray import config_io, run_folder, storage
+from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import PrecomputeConfig
 from mdt_ray.data import latents
 from mdt_ray.data.images import Pixels
@@ -26,7 +27,6 @@ from mdt_ray.data.readers import Piece
 from mdt_ray.data.vae import load_vae, to_unit_range
 from mdt_ray.jobs import session
 from mdt_ray.jobs.decode import decode_piece, read_chunk
-from mdt_ray.training.run import autocast_dtype
 
 logger = logging.getLogger(__name__)
 PIECE_BYTES = 4 * 2**20

@@ -9,13 +9,13 @@ import time
 import numpy as np
 import torch
 
+from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import PrecomputeConfig
 from mdt_ray.data import latents, listings, readers, sources
 from mdt_ray.data.images import Pixels, decode_piece
 from mdt_ray.data.vae import downscaling, load_vae, to_unit_range, vae_config
 from mdt_ray.jobs.precompute import prepare
 from mdt_ray.jobs.units import duration, size
-from mdt_ray.training.run import autocast_dtype
 
 SAMPLE_IMAGES = 128
 ENCODE_SECONDS = 10.0

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import torch
 
+from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import EvaluateConfig, SamplingConfig
 from mdt_ray.diffusion.sampling import make_scheduler, ready
 from mdt_ray.evaluation import chunks, extractors
 from mdt_ray.inference.sampler import draw_latents, labels_of, load_decoder, load_networks
 from mdt_ray.jobs.evaluate import Plan, plan
 from mdt_ray.jobs.units import duration, rate, size
-from mdt_ray.training.run import autocast_dtype
 
 FEW_STEPS = 4
 """Of a sampler, that are timed."""

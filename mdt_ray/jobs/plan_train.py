@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from mdt_ray import checkpoints, config_io, storage
+from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import PlanConfig
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
@@ -17,7 +18,7 @@ from mdt_ray.jobs import units
 from mdt_ray.jobs.units import duration, scaled, size
 from mdt_ray.training import cost as costs
 from mdt_ray.training.cost import Cost
-from mdt_ray.training.run import autocast_dtype, resolve_model
+from mdt_ray.training.run import resolve_model
 
 ASSUMED = {"input_size": 32, "in_channels": 4, "num_classes": 1000}
 """The latent of ImageNet at 256 pixels (paper section 5.1), where neither settings nor latents say."""

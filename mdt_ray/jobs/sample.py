@@ -14,13 +14,13 @@ import torch
 from tqdm import tqdm
 
 from mdt_ray import run_folder, storage
+from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import SampleConfig
 from mdt_ray.inference import labels as names
 from mdt_ray.inference.sampler import Sampler, labels_of
 from mdt_ray.jobs import session
 from mdt_ray.jobs.evaluate import resolve
 from mdt_ray.report import figures
-from mdt_ray.training.run import autocast_dtype
 
 SAMPLES = "samples.npz"
 COLUMNS = 8

@@ -5,4 +5,7 @@ from mdt_ray.models.dit import DiT
 from mdt_ray.models.masking import Mask, num_kept, sample_mask
 from mdt_ray.models.mdt import MDT
 
-__all__ = ["MDT", "DiT", "Mask", "num_kept", "official", "sample_mask"]
+__all__ = ["CLASSES", "MDT", "DiT", "Mask", "num_kept", "official", "sample_mask"]
+
+CLASSES = {"MDT": MDT, "DiT": DiT}
+"""By the name that a checkpoint's config.json gives."""

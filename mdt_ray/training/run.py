@@ -10,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from mdt_ray import checkpoints, config_io, storage
+from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import ModelConfig, TrainConfig
 from mdt_ray.data.latents import Manifest
 from mdt_ray.data.loader import Loader, LoaderConfig
@@ -52,18 +53,6 @@ def resolve_model(config: ModelConfig, manifest: Manifest) -> ModelConfig:
                          "leave it out to take theirs, or precompute others")
     missing = {name: value for name, value in found.items() if getattr(config, name) is None}
     return config_io.override(config, missing, where="model")
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bf16, or None for float32 (and for tf32, a mode of its products). `auto` takes bf16 where the hardware multiplies it
-    natively."""
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if native else "fp32"
-    return torch.bfloat16 if precision == "bf16" else None
 
 
 def checkpoint_facts(config: TrainConfig, manifest: Manifest) -> dict:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 
 from mdt_ray.config import VaeConfig
 from mdt_ray.data.sources import DIGITS
-from mdt_ray.data.vae import check_image_size, load_vae, pin_revision, to_unit_range
+from mdt_ray.data.vae import check_image_size, load_vae, pin_revision, to_unit_range, vae_config
 from tests.conftest import ROOT
 
 COMMIT, NEWER = "a" * 40, "b" * 40
@@ -81,6 +81,11 @@ def test_what_is_no_autoencoder_is_said(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     with pytest.raises(ValueError, match=r"no AutoencoderKL there .*; give a local folder, a hub id"):
         load_vae(VaeConfig(path=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"no AutoencoderKL there \(its config.json has no block_out_channels\); give a"):
+        vae_config(VaeConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"no AutoencoderKL there \(Expecting .*\); give a local folder"):
+        vae_config(VaeConfig(path=str(tmp_path)))
 
 
 def test_unit_range():
