@@ -77,6 +77,7 @@ class Chaos:
     def __init__(self, rig: Rig, logs: Path):
         self.rig, self.logs = rig, logs
         self.seconds: dict[str, float] = {}
+        self.expected: dict[str, dict[str, Any]] = {}
 
     def uri(self, path: str) -> str:
         return self.rig.store.uri(path)
@@ -102,6 +103,8 @@ class Chaos:
         code, text = self.finish(job, self.rig.submit(*self.command(job, f"straight/{job}")))
         assert code == 0, text
         self.seconds[job] = time.monotonic() - started
+        self.expected[job] = essence(job, self.rig.store.objects(f"straight/{job}"), NUM_STEPS)
+        assert self.expected[job]
 
     def run(self, job: str, number: int) -> Outcome:
         """Run `number` of a job, with its fault."""
@@ -194,13 +197,12 @@ class Chaos:
 
     def differences(self, job: str, output: str) -> list[str]:
         """In what the artefacts are not those of the undisturbed run."""
-        ours, theirs = (essence(job, self.rig.store.objects(path), NUM_STEPS) for path in (output, f"straight/{job}"))
-        assert theirs
+        ours, theirs = essence(job, self.rig.store.objects(output), NUM_STEPS), self.expected[job]
         return [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
 
     def left_over(self, output: str) -> list[str]:
         """Locks, half-written files, processes and reservations that nobody will ever need."""
-        found = [f"{name} is left" for name in self.rig.store.objects(output)
+        found = [f"{name} is left" for name in self.rig.store.times(output)
                  if name.endswith("lock.json") or ".tmp-" in name or "/ray/" in f"/{name}"]
         end = time.monotonic() + 40
         while (left := self._running()) and time.monotonic() < end:
