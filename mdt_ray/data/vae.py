@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = ("digits", "fashion")
 """Autoencoders in the package, by the name of their data set."""
-REMEDY = "give a local folder, a hub id (with network), 'digits' or 'fashion'"
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,15 @@ def pin_revision(config: VaeConfig) -> VaeConfig:
 
 def vae_config(config: VaeConfig) -> dict:
     """The autoencoder's own settings, without its weights. Raises ValueError if there is no such autoencoder."""
-    is_here = _folder(config.path).is_dir()
-    settings = _open(config, _read_settings if is_here else _autoencoder().load_config)
+    return _open(config, _read_settings)
+
+
+def _read_settings(path: str, **options: Any) -> dict:
+    file = Path(path) / "config.json"
+    settings = json.loads(file.read_text()) if Path(path).is_dir() else _autoencoder().load_config(path, **options)
     if "block_out_channels" not in settings:
-        raise ValueError(f"vae.path = {config.path!r}: no AutoencoderKL there (its config.json has no block_out_channels); "
-                         f"{REMEDY}")
+        raise ValueError("its config.json has no block_out_channels")
     return settings
-
-
-def _read_settings(folder: str, **_: Any) -> dict:
-    return json.loads((Path(folder) / "config.json").read_text())
 
 
 def downscaling(settings: dict) -> int:
@@ -120,8 +118,8 @@ def _open(config: VaeConfig, load: Callable[..., Any], **options: Any) -> Any:
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers calls the hub's client so
             return load(path, revision=config.revision, subfolder=subfolder, **options)
     except (OSError, ValueError) as error:
-        raise ValueError(f"vae.path = {config.path!r}: no AutoencoderKL there ({str(error).splitlines()[0]}); "
-                         f"{REMEDY}") from error
+        raise ValueError(f"vae.path = {config.path!r}: no AutoencoderKL there ({str(error).splitlines()[0]}); give a local "
+                         "folder, a hub id (with network), 'digits' or 'fashion'") from error
 
 
 def vae_fingerprint(config: VaeConfig) -> str:

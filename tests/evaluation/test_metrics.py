@@ -240,7 +240,7 @@ def test_precision_recall_does_not_depend_on_the_block_size(width):
 @pytest.mark.parametrize("block_size", [1, 7, 64, 4096])
 def test_balls_of_radius_zero_hold_the_copies_of_their_centre(block_size):
     # Four copies of a point have no neighbour away from it: were rounding not taken out, it alone would decide here.
-    points, far = _clouds(12, 12, 300, 0)
+    points, far = _clouds(20, 20, 300, 0)
     ref = np.repeat(points, 4, axis=0)
     samples = np.concatenate([points, far + 100])
     assert precision_recall(ref, samples, block_size=block_size) == (0.5, 1.0)
