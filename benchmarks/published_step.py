@@ -138,7 +138,8 @@ class PublishedStep:
     """Both passes, their backward, AdamW and the moving average, one parameter after the other."""
 
     def __init__(self, ours: MDT, mask_ratio: float, ema_decay: float = 0.9999):
-        self.model, self.average = PublishedMDT(ours), PublishedMDT(ours).requires_grad_(False)
+        self.model, self.average = (PublishedMDT(ours).to(ours.device) for _ in range(2))
+        self.average.requires_grad_(False)
         self.mask_ratio, self.ema_decay = mask_ratio, ema_decay
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.0, foreach=False, fused=False)
 

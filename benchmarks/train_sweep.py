@@ -4,7 +4,7 @@
 
 For every size: the published way in eager fp32 and in TF32, ours in bf16, eager and compiled, each at all batch sizes until
 memory ends. MFU counts the multiply-adds of both passes, three times (backward is twice forward), whatever the step really
-computes, over the GPU's dense bf16 peak (nan where that is not known). The fastest step of each size is profiled.
+computes, over the GPU's dense bf16 peak (nan where that is not known).
 On a CPU it only shows that it works: --device cpu --sizes s --batch-sizes 2.
 """
 
@@ -60,7 +60,8 @@ def main() -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64, 128, 256, 512])
     parser.add_argument("--kinds", nargs="+", default=["published fp32", "published tf32", "bf16", "bf16 compiled"])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--profile", help="file for the trace of the last size's fastest step (chrome://tracing)")
+    parser.add_argument("--profile", help="profile the fastest step of each size, with a trace of the last in this file "
+                                          "(chrome://tracing)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     on_gpu = device.type == "cuda"
@@ -94,20 +95,20 @@ def main() -> None:
             figures |= {f"speedup_{size}_vs_{name.replace(' ', '_')}": rate / value for name, value in best.items()
                         if name.startswith("published") and value}
             print(f"  fastest: {kind}, batch {batch_size}")
-            print(profiled(steps_of(kind, size, batch_size, device), on_gpu, arguments.profile))
+            if arguments.profile:
+                print(profiled(steps_of(kind, size, batch_size, device), on_gpu, arguments.profile))
     print(json.dumps({"name": "train_sweep", "machine": name, "figures": {k: round(v, 4) for k, v in figures.items()}}))
 
 
-def profiled(steps: Callable[[], None], on_gpu: bool, trace: str | None) -> str:
+def profiled(steps: Callable[[], None], on_gpu: bool, trace: str) -> str:
     """The operations that take most of the time of CALL steps, as a table."""
     steps()
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as seen:
         steps()
         if on_gpu:
             torch.cuda.synchronize()
-    if trace:
-        seen.export_chrome_trace(trace)
-    key = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    seen.export_chrome_trace(trace)
+    key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     return seen.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=80)
 
 

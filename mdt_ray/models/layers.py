@@ -21,7 +21,8 @@ def init_linear(module: nn.Module) -> None:
 Grid = tuple[int, int]
 """Rows and columns of tokens."""
 KEY_MULTIPLE = 8
-"""Numbers between the rows of a bias that the kernels of GPUs read; PyTorch copies any other one in every block."""
+"""GPUs' kernels read a bias whose rows lie a multiple of this apart. PyTorch copies any other one in every block, and in the
+backward pass of a compiled block refuses it."""
 
 
 def sincos_positions(width: int, grid: Grid) -> torch.Tensor:
@@ -115,26 +116,37 @@ class Attention(nn.Module):
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, L, D); positions: rows of the bias table, (L, L) or (B, L, L), or with more columns, which are not used."""
+        """x (B, L, D); positions: rows of the bias table, (L, L) or (B, L, L), or with more columns, of keys that nothing
+        attends to."""
         batch, length, width = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, d)
         bias = None
         if self.relative_position_bias_table is not None:
-            bias = self.bias(positions).to(q.dtype)[..., :length]
+            bias = position_bias(self.relative_position_bias_table, positions).to(q.dtype)
         out = attend(q, k, v, bias)  # (B, H, L, d)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))  # (B, L, D)
 
-    def bias(self, positions: torch.Tensor) -> torch.Tensor:
-        """The table's entry of every pair of tokens: positions (L, L) or (B, L, L) -> (1, H, L, L) or (B, H, L, L)."""
-        heads_first = self.relative_position_bias_table.t().contiguous()  # (H, rows)
-        # One short row a head: read, and in the backward pass added up, ten times faster than rows of H numbers.
-        bias = heads_first.gather(1, positions.reshape(1, -1).expand(self.num_heads, -1))  # (H, B L L)
-        return bias.view(self.num_heads, -1, *positions.shape[-2:]).transpose(0, 1)  # (B, H, L, L)
+
+def position_bias(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The table's (rows, H) entry of every pair of tokens: positions (L, L) or (B, L, L) -> (1, H, L, L) or (B, H, L, L)."""
+    heads_first = table.t().contiguous()  # (H, rows)
+    # One short row a head: read, and in the backward pass added up, ten times faster than rows of H numbers. On a GPU a row
+    # for each sample too, because a million threads wait for each other to add to the same few numbers.
+    copies = len(positions) if positions.is_cuda and positions.ndim == 3 else 1
+    rows = positions.reshape(copies, 1, -1).expand(-1, len(heads_first), -1)
+    bias = heads_first.expand(copies, -1, -1).gather(2, rows)  # (copies, H, B/copies L L)
+    return bias.view(copies, len(heads_first), -1, *positions.shape[-2:]).transpose(1, 2).flatten(0, 1)  # (B, H, L, L)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v; q, k, v (B, H, L, d), bias (B or 1, H, L, L) or None -> (B, H, L, d)."""
+    """softmax(q k^T / sqrt(d) + bias) v; q, k, v (B, H, L, d), bias (B or 1, H, L, L) or None -> (B, H, L, d). Nothing
+    attends to keys that the bias has more."""
+    num_added = 0 if bias is None else bias.shape[-1] - k.shape[2]
+    if num_added:
+        added = torch.arange(bias.shape[-1], device=q.device) >= k.shape[2]
+        bias = bias.masked_fill(added, -math.inf)
+        k, v = (F.pad(tokens, (0, 0, 0, num_added)) for tokens in (k, v))
     trained = (q.requires_grad and q.dtype == torch.bfloat16) or (bias is not None and bias.requires_grad)
     if q.is_cuda or not trained:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -146,7 +158,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
 
 
 def aligned(positions: torch.Tensor) -> torch.Tensor:
-    """Rows of the bias table (..., L, L), on GPUs with columns added up to a multiple of KEY_MULTIPLE."""
+    """Rows of the bias table (..., L, L), on GPUs with keys added up to a multiple of KEY_MULTIPLE."""
     padding = -positions.shape[-1] % KEY_MULTIPLE
     return F.pad(positions, (0, padding)) if padding and positions.is_cuda else positions
 

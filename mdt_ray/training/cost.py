@@ -197,10 +197,10 @@ class CudaChoices(TorchFunctionMode):
             with sdpa_kernel(SDPBackend.MATH):
                 return func(*args, **kwargs)
         if bias is not None:
-            length = k.shape[2]
+            num_keys = k.shape[2]
             if bias.stride(-2) % KEY_MULTIPLE:  # PyTorch pads it
-                bias = F.pad(bias, (0, -length % KEY_MULTIPLE))[..., :length]
-            bias = bias.expand(*q.shape[:3], length)
+                bias = F.pad(bias, (0, -num_keys % KEY_MULTIPLE))[..., :num_keys]
+            bias = bias.expand(*q.shape[:3], num_keys)
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, compute_log_sumexp=True)[0]
 
 

@@ -99,9 +99,10 @@ def test_relative_bias_depends_on_query_minus_key(grid):
     assert index.max() == layers.num_relative_positions(grid) - 1
 
 
+@pytest.mark.parametrize("num_added", [0, 5])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_and_its_bias_by_hand(masked):
-    """With the gradients of the table, also where PyTorch's own attention is not taken."""
+def test_attention_and_its_bias_by_hand(masked, num_added):
+    """With the gradients of the table, also where PyTorch's own attention is not taken; and keys added change nothing."""
     torch.manual_seed(0)
     attention = layers.Attention(24, num_heads=3, num_relative_positions=layers.num_relative_positions((3, 4))).double()
     positions = layers.relative_position_index((3, 4))
@@ -114,13 +115,14 @@ def test_attention_and_its_bias_by_hand(masked):
         return attention.proj(torch.einsum("bijh,bjhd->bihd", scores.softmax(dim=2), v).flatten(2))
 
     parameters = list(attention.parameters())
-    found, expected = attention(x, positions), by_hand()
+    more = F.pad(positions, (0, num_added))
+    found, expected = attention(x, more), by_hand()
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(expected)
     torch.testing.assert_close(torch.autograd.grad(found, parameters, weights),
                                torch.autograd.grad(expected, parameters, weights))
     with torch.no_grad():
-        torch.testing.assert_close(attention(x, positions), expected)
+        torch.testing.assert_close(attention(x, more), expected)
 
 
 # Invariant
