@@ -10,7 +10,6 @@ as a person would. Prints a line a run, and as the last one JSON with the figure
 import argparse
 import contextlib
 import json
-import multiprocessing
 import platform
 import random
 import signal
@@ -257,8 +256,9 @@ def essence(job: str, objects: dict[str, bytes], num_steps: int) -> dict[str, An
     return names | {"trials": trials, "others": [table.get(key) for key in ("left", "stopped", "failed")]}
 
 
-def on_a_rig(jobs: list[str], runs: int, logs: Path, first: int) -> list[Outcome]:
-    """Runs of some jobs, by turns, on a rig of their own."""
+def main(jobs: list[str], runs: int, logs: Path, first: int = 0) -> dict[str, Any]:
+    """All runs; returns the figures."""
+    logs.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder, Rig(Path(folder)) as rig:
         chaos = Chaos(rig, logs)
@@ -272,16 +272,6 @@ def on_a_rig(jobs: list[str], runs: int, logs: Path, first: int) -> list[Outcome
                 outcomes.append(outcome)
                 print(f"{job} {number}: {outcome.fault} after {outcome.moment:.0f} s, {outcome.commands} commands, "
                       f"{outcome.lost:+.0f} s: {'; '.join(outcome.wrong) or 'survived'}", flush=True)
-    return outcomes
-
-
-def main(jobs: list[str], runs: int, logs: Path, first: int = 0) -> dict[str, Any]:
-    """All runs, on two rigs at a time, because one waits for processes to start most of the time; returns the figures."""
-    logs.mkdir(parents=True, exist_ok=True)
-    parts = [part for part in (jobs[::2], jobs[1::2]) if part]
-    with multiprocessing.get_context("spawn").Pool(len(parts), take_down_when_told) as pool:
-        found = pool.starmap(on_a_rig, [(part, runs, logs, first) for part in parts], chunksize=1)
-    outcomes = [outcome for part in found for outcome in part]
     survived = [o for o in outcomes if not o.wrong]
     recoveries = [o.recovery for o in survived if o.recovery is not None]
     return {"faults_injected": len(outcomes), "faults_survived": len(survived),
@@ -289,13 +279,8 @@ def main(jobs: list[str], runs: int, logs: Path, first: int = 0) -> dict[str, An
             "recovery_seconds": statistics.median(recoveries) if recoveries else None}
 
 
-def take_down_when_told() -> None:
-    """Let SIGTERM end this process through its `with` blocks: rigs are taken down."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-
-
 if __name__ == "__main__":
-    take_down_when_told()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the rig is taken down
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=25)
     parser.add_argument("--first", type=int, default=0)
