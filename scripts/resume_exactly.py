@@ -26,6 +26,7 @@ from mdt_ray import checkpoints, config_io
 from mdt_ray.config import EmaConfig, ModelConfig, OptimConfig, TrainConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader
+from mdt_ray.training import contract
 from mdt_ray.training import run as training
 from mdt_ray.training.meters import MACHINE_COLUMNS
 
@@ -85,7 +86,7 @@ def run(rank: int, ranks: int, plain: dict, rendezvous: str, kill_at: int | None
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     config = config_io.from_dict(TrainConfig, plain)
     manifest = latents.open_manifest(config.latents)
-    config = dataclasses.replace(config, model=training.resolve_model(config.model, manifest))
+    config = dataclasses.replace(config, model=contract.resolve_model(config.model, manifest))
 
     class RecordingLoader(Loader):
         """Notes the images of every step before it is trained on."""

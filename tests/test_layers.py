@@ -79,8 +79,8 @@ def test_help_imports_no_heavy_library(arguments, tmp_path):
 
 
 @pytest.mark.parametrize(("job", "left_out"), [
-    ("train", {"scipy.stats", "matplotlib"}), ("precompute", {"diffusers", "scipy.stats", "matplotlib"}),
-    ("evaluate", {"diffusers", "scipy.stats", "matplotlib"}), ("trial", {"scipy.stats", "matplotlib"}),
+    ("train", {"diffusers", "scipy.stats", "matplotlib"}), ("precompute", {"diffusers", "scipy.stats", "matplotlib"}),
+    ("evaluate", {"diffusers", "scipy.stats", "matplotlib"}), ("trial", {"diffusers", "scipy.stats", "matplotlib"}),
     ("decode", {"torch", "diffusers", "scipy", "matplotlib", "ray.data"})])
 def test_processes_of_a_job_load_what_they_need(job, left_out):
     """Each of them imports its job's module, on a laptop all at once."""

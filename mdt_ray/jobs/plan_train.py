@@ -17,8 +17,8 @@ from mdt_ray.data.latents import Manifest
 from mdt_ray.jobs import units
 from mdt_ray.jobs.units import duration, scaled, size
 from mdt_ray.training import cost as costs
+from mdt_ray.training.contract import resolve_model
 from mdt_ray.training.cost import Cost
-from mdt_ray.training.run import resolve_model
 
 ASSUMED = {"input_size": 32, "in_channels": 4, "num_classes": 1000}
 """The latent of ImageNet at 256 pixels (paper section 5.1), where neither settings nor latents say."""

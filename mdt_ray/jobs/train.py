@@ -24,11 +24,10 @@ from mdt_ray.config import TrainConfig
 from mdt_ray.data import latents
 from mdt_ray.data.latents import Manifest
 from mdt_ray.data.loader import check_flip
-from mdt_ray.inference import convert
 from mdt_ray.interrupts import Stopped, Wish, stop_signals
 from mdt_ray.jobs import control, fanout, nodes, preflight, previews, progress, session
 from mdt_ray.training import samples
-from mdt_ray.training.run import INIT_FROM, METRICS, STACKS, TrainingDiverged, resolve_model, run_rank, write_metrics
+from mdt_ray.training.contract import INIT_FROM, METRICS, STACKS, TrainingDiverged, resolve_model, write_metrics
 from mdt_ray.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -53,6 +52,8 @@ def prepare(config: TrainConfig) -> tuple[TrainConfig, Manifest, dict]:
                                  model=resolve_model(config.model, manifest))
     inputs = {"latents": manifest.content}
     if config.init_from:
+        from mdt_ray.inference import convert  # it loads the models
+
         inputs["init_from"] = _begun_with(config) or convert.fingerprint_of(config.init_from)
     return config, manifest, run_folder.describe("train", config, inputs)
 
@@ -256,6 +257,8 @@ def _cause(error: ray.train.TrainingFailedError) -> BaseException:
 
 def _worker(settings: dict[str, Any]) -> None:
     """One DDP rank, inside a Ray Train worker."""
+    from mdt_ray.training.run import run_rank  # the models, which driver and controller do without
+
     config = config_io.from_dict(TrainConfig, settings["config"])
     session.settle(config.workers, config.deterministic)
     rank, channel = ray.train.get_context().get_world_rank(), settings["control"]

@@ -24,9 +24,7 @@ from mdt_ray.jobs import control, fanout, session
 from mdt_ray.jobs import evaluate as evaluating
 from mdt_ray.jobs import train as training
 from mdt_ray.run_folder import Claim
-from mdt_ray.training import cost as costs
-from mdt_ray.training.run import METRICS, TrainingDiverged, run_rank
-from mdt_ray.training.step import build_model
+from mdt_ray.training.contract import METRICS, TrainingDiverged
 from mdt_ray.training.trackers import open_trackers, write_trial
 from mdt_ray.tuning.lines import file_name
 from mdt_ray.tuning.space import Point
@@ -78,6 +76,8 @@ def at_equal_cost(train: TrainConfig, base: TrainConfig) -> TrainConfig:
 @functools.lru_cache
 def _flops(model: ModelConfig, loss: LossConfig) -> int:
     """Of an image, forward and backward."""
+    from mdt_ray.training import cost as costs  # (it loads the models)
+
     return costs.count(TrainConfig(model=model, loss=loss), None, on_gpu=False).training_flops
 
 
@@ -125,6 +125,8 @@ def _train(config: TrainConfig, claim: Claim, on_row: Callable[[dict[str, Any]],
     if config.workers.num_workers > 1:
         training.train(config, on_row, wish, claim)
         return checkpoints.read_metrics(storage.join(config.output, METRICS))
+    from mdt_ray.training.run import run_rank  # the models, which the sweep's driver does without
+
     config, manifest, described = training.prepare(config)
     run_folder.record(config.output, described)
     device = session.settle(config.workers, config.deterministic)
@@ -190,5 +192,7 @@ def _cost(rows: list[dict[str, Any]], step: int) -> dict[str, float]:
 
 
 def _num_parameters(config: TrainConfig) -> int:
+    from mdt_ray.training.step import build_model  # (as in _flops)
+
     with torch.device("meta"):
         return build_model(config.model, config.loss.passes).num_parameters()

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from mdt_ray import checkpoints, config_io, storage
+from mdt_ray import checkpoints, storage
 from mdt_ray.autocast import autocast_dtype
-from mdt_ray.config import ModelConfig, TrainConfig
+from mdt_ray.config import TrainConfig
 from mdt_ray.data.latents import Manifest
 from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.inference.convert import load_any, origin_of
@@ -20,6 +20,7 @@ from mdt_ray.models.transfer import transfer
 from mdt_ray.run_folder import TakenOver
 from mdt_ray.training import loop, ranks, samples, snapshots
 from mdt_ray.training import state as states
+from mdt_ray.training.contract import INIT_FROM, STACKS, TrainingDiverged, write_metrics
 from mdt_ray.training.ema import build_averages
 from mdt_ray.training.optim import build_optimizer
 from mdt_ray.training.state import TrainState
@@ -29,40 +30,14 @@ from mdt_ray.training.watchdog import Watchdog
 from mdt_ray.training.writer import Writer
 
 logger = logging.getLogger(__name__)
-METRICS = "metrics.parquet"
-STACKS = "stacks"
-"""In a training output: where the threads of a rank were that made no progress."""
 MAX_RETURNS = 3
 """Returns to one checkpoint before a run with non-finite gradients is given up."""
-INIT_FROM = "init_from.txt"
-"""In a training output: what was taken from the weights that it started from, and what is new."""
-
-
-def resolve_model(config: ModelConfig, manifest: Manifest) -> ModelConfig:
-    """`config` with what it leaves open taken from the latents. Raises ValueError where the two disagree."""
-    found = {"input_size": manifest.shape[1], "in_channels": manifest.shape[0], "num_classes": manifest.num_classes}
-    if manifest.shape[1] != manifest.shape[2]:
-        raise ValueError(f"latents have shape {tuple(manifest.shape)}: must be square; crop when precomputing")
-    for name, value in found.items():
-        asked = getattr(config, name)
-        if asked is None or asked == value or (name == "num_classes" and asked == 0):
-            continue  # (0 classes: an unconditional model)
-        if name == "num_classes" and asked > value:
-            continue  # a small sample of a data set may lack its last classes
-        raise ValueError(f"model.{name} = {asked}: the latents have {value}; "
-                         "leave it out to take theirs, or precompute others")
-    missing = {name: value for name, value in found.items() if getattr(config, name) is None}
-    return config_io.override(config, missing, where="model")
 
 
 def checkpoint_facts(config: TrainConfig, manifest: Manifest) -> dict:
     """What sampling needs to know beside the weights."""
     return {"vae": manifest.vae, "image_size": manifest.image_size, "latent_shape": manifest.shape,
             "class_names": manifest.class_names, "num_classes": config.model.num_classes}
-
-
-class TrainingDiverged(RuntimeError):
-    """The gradients became non-finite again after every return to the same checkpoint."""
 
 
 def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 0, world_size: int = 1,
@@ -211,11 +186,6 @@ def _publishing(state: TrainState, config: TrainConfig, run: dict, facts: dict) 
                                  spare=samples.due(config.output, config.sample_every_steps))
 
     return publish
-
-
-def write_metrics(output: str, rows: list[dict]) -> None:
-    """metrics.parquet beside the checkpoints: rows of metrics, with those of samples so far."""
-    checkpoints.write_metrics(storage.join(output, METRICS), samples.with_columns(output, rows))
 
 
 def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], error: loop.NonFiniteSteps,

@@ -17,7 +17,7 @@ from mdt_ray.inference.inpaint import MDTInpaintPipeline
 from mdt_ray.inference.pipeline import MDTPipeline
 from mdt_ray.jobs.train import prepare
 from mdt_ray.models import layers, official
-from mdt_ray.training.run import INIT_FROM
+from mdt_ray.training.contract import INIT_FROM
 from tests.conftest import relative_error, with_prefix
 from tests.helpers import make_latents, tiny_training
 from tests.training.test_training import run

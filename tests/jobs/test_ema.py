@@ -15,7 +15,8 @@ from mdt_ray.inference.pipeline import MDTPipeline
 from mdt_ray.inference.sampler import load_model
 from mdt_ray.jobs.evaluate import evaluate_many
 from mdt_ray.models import MDT
-from mdt_ray.training.run import resolve_model, run_rank
+from mdt_ray.training.contract import resolve_model
+from mdt_ray.training.run import run_rank
 from tests.helpers import make_latents, tiny_training
 
 ORACLE = "ema_power_0.075"

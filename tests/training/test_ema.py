@@ -15,9 +15,10 @@ from mdt_ray.models import MDT
 from mdt_ray.run_folder import TakenOver
 from mdt_ray.training import posthoc, snapshots
 from mdt_ray.training import run as training
+from mdt_ray.training.contract import resolve_model
 from mdt_ray.training.ema import build_averages, ema_decay, gamma_of, power_update, sigma_rel_of, update_averages
 from mdt_ray.training.posthoc import Profile
-from mdt_ray.training.run import resolve_model, run_rank
+from mdt_ray.training.run import run_rank
 from tests.helpers import make_latents, tiny_training
 
 ALL = EmaConfig(decay=0.99, warmup=True, more_decays=(0.5, 0.9), power_stds=(0.05, 0.1), snapshot_every_steps=4)

@@ -17,7 +17,7 @@ from mdt_ray.config import LossConfig
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader
 from mdt_ray.run_folder import TakenOver
-from mdt_ray.training import loop
+from mdt_ray.training import contract, loop
 from mdt_ray.training import run as training
 from mdt_ray.training import state as states
 from mdt_ray.training import writer as writing
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 def run(config, **arguments):
     manifest = latents.open_manifest(config.latents)
-    config = dataclasses.replace(config, model=training.resolve_model(config.model, manifest))
+    config = dataclasses.replace(config, model=contract.resolve_model(config.model, manifest))
     return training.run_rank(config, manifest, {}, **arguments)
 
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_due_at_a_skipped_step_comes_after_it(folder, tmp_path, mon
 
 def test_a_run_that_stays_non_finite_stops(folder, tmp_path, monkeypatch):
     poison(monkeypatch, lambda step, attempt: step >= 12)
-    with pytest.raises(training.TrainingDiverged, match=r"no finite gradient in the last 20 steps, at step 32; 3 returns to "
+    with pytest.raises(contract.TrainingDiverged, match=r"no finite gradient in the last 20 steps, at step 32; 3 returns to "
                                                         r"step 10 with other random draws ended alike; lower optim.lr"):
         run(tiny_training(folder, tmp_path, num_steps=99))
     assert checkpoints.latest(str(tmp_path)).endswith("10")
@@ -168,7 +168,7 @@ def test_a_gpu_is_waited_for_when_a_row_is_due_only(folder, tmp_path, monkeypatc
 def test_batches_for_a_gpu_lie_where_it_copies_from(folder, tmp_path):
     config = tiny_training(folder, tmp_path)
     manifest = latents.open_manifest(str(folder))
-    settings = training.loader_config(dataclasses.replace(config, model=training.resolve_model(config.model, manifest)))
+    settings = training.loader_config(dataclasses.replace(config, model=contract.resolve_model(config.model, manifest)))
     with Loader(str(folder), manifest, settings, 0, 1, pin_memory=True) as loader:
         (batch,) = next(loader.batches(0))
     assert batch.x_0.is_pinned()

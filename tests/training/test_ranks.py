@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from mdt_ray import checkpoints, storage
 from mdt_ray.data import latents
 from mdt_ray.data.loader import Loader
-from mdt_ray.training import loop
+from mdt_ray.training import contract, loop
 from mdt_ray.training import run as training
 from tests.helpers import make_latents, tiny_training
 
@@ -58,7 +58,7 @@ def _rank(rank: int, rank_of, folder: Path, output: Path, *arguments) -> None:
 def run(rank: int, folder: Path, output: Path, **changes):
     config = tiny_training(folder, output, **changes)
     manifest = latents.open_manifest(config.latents)
-    config = dataclasses.replace(config, model=training.resolve_model(config.model, manifest))
+    config = dataclasses.replace(config, model=contract.resolve_model(config.model, manifest))
     return training.run_rank(config, manifest, {}, rank=rank, world_size=NUM_RANKS)
 
 
@@ -116,7 +116,7 @@ def one_is_poisoned(rank: int, folder: Path, output: Path, bad_steps: range, bad
     training.Loader = Poisoned
     try:
         state = run(rank, folder, output, num_steps=40)
-    except training.TrainingDiverged:
+    except contract.TrainingDiverged:
         raise SystemExit(3) from None
     assert state.attempt == (1 if len(bad_steps) > 20 else 0)
     assert all(tensor.isfinite().all() for tensor in (*state.model.parameters(), *state.ema.parameters()))

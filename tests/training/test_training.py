@@ -15,9 +15,10 @@ from mdt_ray.data.loader import Loader, LoaderConfig
 from mdt_ray.models import MDT, DiT
 from mdt_ray.run_folder import TakenOver
 from mdt_ray.training import loop
+from mdt_ray.training.contract import resolve_model
 from mdt_ray.training.meters import MACHINE_COLUMNS
 from mdt_ray.training.optim import build_optimizer, clip_gradients, learning_rate
-from mdt_ray.training.run import resolve_model, run_rank
+from mdt_ray.training.run import run_rank
 from mdt_ray.training.state import TrainState
 from mdt_ray.training.step import TrainingStep, build_model
 from tests.conftest import ROOT
