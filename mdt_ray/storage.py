@@ -288,9 +288,11 @@ def create_folder(uri: str, *, last: str) -> Iterator[Path]:
         try:
             yield temporary
         except Exception as error:  # what writes weights has errors of its own for a full disk
-            if isinstance(error, OSError) or shutil.disk_usage(temporary).free > FULL_BYTES:
+            full = os.strerror(errno.ENOSPC)
+            # (That it is full: by the time of asking, others may have made room.)
+            if isinstance(error, OSError) or (full not in str(error) and shutil.disk_usage(temporary).free > FULL_BYTES):
                 raise
-            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} at {temporary.parent}") from error
+            raise OSError(errno.ENOSPC, f"{full} at {temporary.parent}") from error
         if isinstance(fs, pafs.LocalFileSystem):
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)

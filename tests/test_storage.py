@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 from mdt_ray import storage
 from tests import s3
@@ -119,12 +120,13 @@ def test_folders_in_a_store_are_created_whole(monkeypatch):
         assert times["done"] >= times["sub/x"]
 
 
-@pytest.mark.parametrize(("error", "text"), [
-    (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota exceeded"),
-    (RuntimeError("unexpected pos 64 vs 0"), "No space left on device at ")])
-def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch, error, text):
-    """What writes weights does not say so itself."""
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: collections.namedtuple("Usage", "free")(4096))
+@pytest.mark.parametrize(("error", "free", "text"), [
+    (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 4096, "Disk quota exceeded"),
+    (RuntimeError("unexpected pos 64 vs 0"), 4096, "No space left on device at "),
+    (SafetensorError("I/O error: No space left on device (os error 28)"), 2**30, "No space left on device at ")])
+def test_a_full_disk_is_told_from_other_errors(tmp_path, monkeypatch, error, free, text):
+    """What writes weights does not say so itself, or in words only; others may have made room since."""
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: collections.namedtuple("Usage", "free")(free))
     with pytest.raises(storage.NoRoom, match=text):
         _fill(str(tmp_path / "final"), error)
     assert list(tmp_path.iterdir()) == []
