@@ -7,6 +7,7 @@ from itertools import pairwise, product
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator
 from matplotlib.transforms import Bbox
 from PIL import Image
@@ -128,6 +129,7 @@ def _label(axes: Axes, places: Sequence[tuple[float, float]], texts: Sequence[st
            taken: Sequence[tuple[float, float]]) -> None:
     """Write a text beside each place of a line, the first ones first, where it covers neither the line, nor points that are
     `taken`, nor another text or its leader, and its own leader no text or point; one that finds no room is left out."""
+    _as_written(axes.figure)
     axes.figure.draw_without_rendering()  # settles the layout: from here on pixels can be compared
     frame, line = axes.get_window_extent(), axes.transData.transform(places)  # (n, 2)
     markers = [_spot(pixel) for pixel in axes.transData.transform(taken)]
@@ -137,7 +139,7 @@ def _label(axes: Axes, places: Sequence[tuple[float, float]], texts: Sequence[st
         for distance, direction in product(LABEL_DISTANCES, LABEL_DIRECTIONS):
             offset = distance * np.array(direction)
             note = axes.annotate(text, place, offset, textcoords="offset points", fontsize=8, color=INK, va="center",
-                                 ha=("right", "center", "left")[1 + int(np.sign(offset[0]))])
+                                 ha=("right", "center", "left")[1 + int(np.sign(offset[0]))], parse_math=False)
             note.set_in_layout(False)
             box = note.get_window_extent().padded(2)
             leader = [_spot(p) for p in np.linspace(pixel, pixel + offset * axes.figure.dpi / 72, 20)]
@@ -183,6 +185,13 @@ def log_scale(axes: Axes) -> None:
 
 def as_png(figure: Figure) -> bytes:
     """The same bytes for the same picture."""
+    _as_written(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _as_written(figure: Figure) -> None:
+    """No text is TeX: names of classes and settings come from outside, and may hold dollar signs."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
