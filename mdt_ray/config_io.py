@@ -17,10 +17,11 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 SECRET = re.compile(r"(?<=://)[^/?#\s]*:[^/?#\s]*(?=@)"
-                    r"|(?<=s3://)[^/?#\s@:]*:[^?#\s@]*(?=@)"  # (a secret key may have slashes)
+                    # A secret key may have slashes, but then a port is none.
+                    r"|(?<!http://)(?<!https://)(?<=://)[^/?#\s@:]*:(?!\d+/)[^?#\s@]*(?=@)"
                     r"|(?:(?<=http://)|(?<=https://))[^/?#\s@]+(?=@)"  # a token alone
-                    r"|(?<=[?&])(?:[a-z_]*(?:key|token|secret|password)|sig|signature|awsaccesskeyid|key-pair-id"
-                    r"|x-(?:amz|goog)-[a-z-]+)=[^&\s]*",
+                    r"|(?<=[?&])(?:(?:[a-z_-]|%5f)*(?:key|token|secret|password|passwd|pwd|auth)|pass|sig|signature"
+                    r"|awsaccesskeyid|key-pair-id|x-(?:amz|goog)-[a-z-]+)=[^&\s]*",
                     re.IGNORECASE)
 """What opens a store, in a URI: `key:secret@`, or among its options."""
 

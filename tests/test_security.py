@@ -68,6 +68,8 @@ def problems(source: str) -> list[str]:
                 found.append(f"{name} with allow_pickle")
             if given.get("use_safetensors", "True") != "True":
                 found.append(f"{name} without safetensors")
+            if {"trust_remote_code", "custom_pipeline"} & given.keys():
+                found.append(f"{name} with code from elsewhere")
             if given.get("shell", "False") != "False":
                 found.append(f"{name} with a shell")
     return found
@@ -90,7 +92,8 @@ def test_nothing_that_is_read_is_run(path):
     "TorchTrainer.restore(p)", "import torch as t\nt.load(f)", "from torch.serialization import load\nload(f)",
     "torch.serialization.load(f)", "import pandas as p\np.read_pickle(f)", "from os import system\nsystem(text)",
     "from subprocess import getoutput as g\ng(t)", "AutoencoderKL.from_pretrained(f, use_safetensors=False)",
-    "from ray.tune import Tuner as T\nT.restore(p)"])
+    "from ray.tune import Tuner as T\nT.restore(p)", "load(f, trust_remote_code=True)",
+    "DiffusionPipeline.from_pretrained(f, custom_pipeline=name)"])
 def test_the_search_finds_what_it_is_for(bad):
     assert problems(bad)
 
@@ -106,8 +109,12 @@ SECRETS = {
     "https://host/a?token=S": "https://host/a?***",
     "https://host/a?b=1&api_key=S&password=S": "https://host/a?b=1&***&***",
     "https://secret@host/a": "https://***@host/a",
+    "https://host/a?auth=S&b=1&pass=S&db-pwd=S&session-token=S&access%5Fkey=S": "https://host/a?***&b=1&***&***&***&***",
+    "gs://key:se/cret@bucket/a": "gs://***@bucket/a",
+    "postgresql://user:se/cret@host/db": "postgresql://***@host/db",
 }
-NO_SECRETS = ["s3://bucket/a?endpoint_override=http://10.0.0.1:9000&region=r", "http://tracker:5000/a@b", "s3://bucket/a@2x"]
+NO_SECRETS = ["s3://bucket/a?endpoint_override=http://10.0.0.1:9000&region=r", "http://tracker:5000/a@b", "s3://bucket/a@2x",
+              "hdfs://name:9000/a@b"]
 
 
 @pytest.mark.parametrize("uri", NO_SECRETS)
