@@ -56,6 +56,8 @@ def damage(uri: str) -> str | None:
         if not isinstance(sums, dict) or not sums:
             return f"{CHECKSUMS} has no checksums"
         for name, expected in sums.items():
+            if {"", ".", ".."} & set(name.split("/")):
+                return f"{CHECKSUMS} names {name!r}, which is no file of it"
             if storage.sha256(storage.read_bytes(storage.join(uri, *name.split("/")))) != expected:
                 return f"{name} does not have its checksum"
     except FileNotFoundError as error:

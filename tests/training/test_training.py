@@ -300,7 +300,7 @@ def test_a_checkpoint_opens_without_training_code(folder, tmp_path):
     assert checkpoints.damage(uri) is None
 
 
-@pytest.mark.parametrize("data", ["{}", "[]", "null", "{"])
+@pytest.mark.parametrize("data", ["{}", "[]", "null", "{", '{"../../x": "0"}'])
 def test_checksums_that_are_none_mark_no_checkpoint_as_whole(tmp_path, data):
     (tmp_path / "checksums.json").write_text(data)
     assert "checksums" in checkpoints.damage(str(tmp_path))
