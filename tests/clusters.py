@@ -6,8 +6,11 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +18,9 @@ from typing import NamedTuple
 import psutil
 
 from tests.harness import RAY
+
+RAY_HERE = ("python", "-m", "ray.scripts.scripts")
+"""`ray` of the first Python on the path."""
 
 
 class Head(NamedTuple):
@@ -30,13 +36,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def bare_python(folder: Path) -> Path:
+    """A Python with what is installed here, but for this package: as in the images of a cluster."""
+    made = folder / "python"
+    venv.create(made, symlinks=True)
+    site, here = (Path(sysconfig.get_path("purelib", vars={"base": str(base)})) for base in (made, sys.prefix))
+    for entry in here.iterdir():
+        if "mdt_ray" not in entry.name and entry.suffix != ".pth":
+            (site / entry.name).symlink_to(entry)
+    return made / "bin" / "python"
+
+
 def environment(folder: Path) -> dict[str, str]:
-    """For all who talk to a Ray with a token of its own, a file in `folder`; jobs there run `python`."""
+    """For all who talk to a Ray with a token of its own, a file in `folder`; jobs there run a `python` that does not know
+    the package: what they use of it was uploaded."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-        "PATH": f"{RAY.parent}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
+    path = f"{bare_python(folder).parent}:{RAY.parent}:{os.environ['PATH']}"
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "PYTHONPATH"} | {
+        "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -47,10 +66,11 @@ def head(folder: Path, num_cpus: int = 3, **variables: str) -> Iterator[Head]:
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as sessions:  # sockets: short
         process = subprocess.Popen(
-            [str(RAY), "start", "--head", "--block", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
+            [*RAY_HERE, "start", "--head", "--block", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
              f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}", f"--num-cpus={num_cpus}",
              "--object-store-memory=200000000", f"--temp-dir={sessions}", "--disable-usage-stats"],
-            env=outside | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+            env=outside | variables, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True)
         try:
             _wait_for(port, process)
             yield Head(f"http://127.0.0.1:{port}", outside)

@@ -18,12 +18,18 @@ from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import mdt_ray
+from mdt_ray import config_io
 from mdt_ray.config import ClusterConfig, SubmitConfig
 
 logger = logging.getLogger(__name__)
 
 BAR = re.compile(r"^\w[\w -]*: +\d+%\|")
 """What tqdm draws (jobs/progress.py), a line each in the log of a job."""
+ERROR = re.compile(r"^mdt-ray [\w -]+: error: ")
+"""How a job's last words begin (cli.py)."""
+HINT = "(--debug shows the traceback)"
+UPLOAD_BYTES = 100e6
+"""Of a folder without .rayignore, at most."""
 PATIENCE_SECONDS = 120.0
 """For a dashboard that does not answer while a job is followed."""
 
@@ -40,10 +46,12 @@ def submit(config: SubmitConfig) -> str:
     """Upload, start and follow `config.command`; returns what to print last.
 
     Raises JobEnded with the job's own exit code where that is not 0 (130 where Ctrl-C ended the following and not the job),
-    RuntimeError for a cluster that does not answer or refuses.
+    ValueError for a name that the cluster has had and a folder that is not to be uploaded, RuntimeError for a cluster that
+    does not answer or refuses.
     """
-    client = _client(config.address)
     folder = Path(config.working_dir).absolute()
+    _refuse_upload(folder)
+    client = _client(config.address)
     environment: dict = {"working_dir": str(folder), "env_vars": {
         "RAY_JOB_STOP_WAIT_TIME_S": str(config.stop_seconds), "PYTHONUNBUFFERED": "1"}}
     if not (folder / "mdt_ray" / "cli.py").is_file():
@@ -69,7 +77,7 @@ def list_jobs(config: ClusterConfig) -> str:
         begin = (job.start_time or 0) / 1000
         seconds = int((job.end_time / 1000 if job.end_time else time.time()) - begin)
         rows.append((job.submission_id, state, f"{datetime.datetime.fromtimestamp(begin):%Y-%m-%d %H:%M}",
-                     str(datetime.timedelta(seconds=seconds)), job.entrypoint))
+                     str(datetime.timedelta(seconds=seconds)), config_io.redacted(job.entrypoint)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
                      for row in rows)
@@ -90,7 +98,21 @@ def stop(config: ClusterConfig) -> str:
     client.stop_job(config.job)
     while not (info := client.get_job_info(config.job)).status.is_terminal():
         time.sleep(0.5)
-    return f"job {config.job}: {_state(client, config.job)}; submit the same command to go on:\n  {info.entrypoint}"
+    return (f"job {config.job}: {_state(client, config.job)}; submit the same command to go on:\n"
+            f"  {config_io.redacted(info.entrypoint)}")
+
+
+def _refuse_upload(folder: Path) -> None:
+    """Raise ValueError for a folder with all of a person's, and for a large one that says of nothing to stay."""
+    remedy = "give the command in another folder, or name one with --working-dir"
+    if folder.resolve() in (Path.home().resolve(), *Path.home().resolve().parents):
+        raise ValueError(f"working_dir = {str(folder)!r}: your keys and all else would go to the cluster; {remedy}")
+    num_bytes = 0
+    for file in folder.rglob("*") if not (folder / ".rayignore").exists() else ():
+        num_bytes += file.stat().st_size if file.is_file() else 0
+        if num_bytes > UPLOAD_BYTES:
+            raise ValueError(f"working_dir = {str(folder)!r}: more than {UPLOAD_BYTES / 1e6:.0f} MB would go to the cluster;"
+                             f" name what is to stay in a .rayignore there, {remedy}")
 
 
 def _start(client: JobSubmissionClient, name: str, entrypoint: str, environment: dict) -> None:
@@ -101,6 +123,9 @@ def _start(client: JobSubmissionClient, name: str, entrypoint: str, environment:
             client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata={"name": name})
             return
         except RuntimeError as error:
+            if f"{name} already exists" in str(error):
+                raise ValueError(f"name = {name!r}: the cluster has had a job of that name; give another one, or follow it: "
+                                 f"mdt-ray submit logs {name}") from error
             if "No available agent" not in str(error) or time.monotonic() > end:
                 raise
         time.sleep(1)
@@ -151,11 +176,17 @@ def _follow(client: JobSubmissionClient, name: str, address: str) -> str:
         return f"job {name} succeeded"
     if info.status == JobStatus.STOPPED:
         raise JobEnded(f"job {name} was stopped; the same command goes on", 143)
-    last = [line for line in client.get_job_logs(name).splitlines() if line.strip() and not BAR.match(line)]
     code = info.driver_exit_code or 1
     code = 128 - code if code < 0 else code  # of a process that no shell stood above
     how = f"was ended by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else "failed"
-    raise JobEnded(f"job {name} {how}: {last[-1] if last else info.message}", code)
+    raise JobEnded(f"job {name} {how}: {_last_error(client.get_job_logs(name)) or info.message}", code)
+
+
+def _last_error(log: str) -> str:
+    """What a job said last of what is wrong, which may take lines; or its last line."""
+    lines = [line for line in log.splitlines() if line.strip() and not BAR.match(line) and line != HINT]
+    begin = max((i for i, line in enumerate(lines) if ERROR.match(line)), default=len(lines) - 1)
+    return "\n".join(ERROR.sub("", line) for line in lines[begin:]) if lines else ""
 
 
 def _print_all(client: JobSubmissionClient, name: str, address: str, screen: "_Screen") -> None:

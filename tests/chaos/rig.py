@@ -25,7 +25,6 @@ import psutil
 from tests import clusters, s3
 from tests.clusters import free_port
 from tests.conftest import ROOT
-from tests.harness import RAY
 
 MARK = "MDT_TEST_HOST"
 """In the environment of all processes of a host."""
@@ -154,7 +153,7 @@ class Rig:
         """Start its node of Ray (again)."""
         common = [f"--node-ip-address={host.address}", f"--num-cpus={host.cpus}", f"--object-store-memory={STORE}",
                   "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}"]
-        command = [str(RAY), "start", "--block", *common]
+        command = [*clusters.RAY_HERE, "start", "--block", *common]
         if host is self.hosts[0]:
             command += ["--head", f"--port={self.port}", f"--dashboard-host={host.address}",
                         f"--dashboard-port={self.dashboard}", f"--temp-dir={self.sessions}"]
@@ -173,7 +172,8 @@ class Rig:
         if self.is_network:
             environment |= {"GLOO_SOCKET_IFNAME": "eth0"}
         with (self.folder / f"{host.name}.log").open("ab") as log:
-            subprocess.Popen([*host.prefix, *command], env=environment, stdout=log, stderr=log, start_new_session=True)
+            subprocess.Popen([*host.prefix, *command], env=environment, cwd=self.folder, stdout=log, stderr=log,
+                             start_new_session=True)
 
     def listed(self, what: str) -> list[dict]:
         """`nodes` or `placement_groups`, as the dashboard lists them."""

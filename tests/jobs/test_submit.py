@@ -8,6 +8,7 @@ import time
 import zipfile
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
 from mdt_ray import checkpoints, cli
 from mdt_ray.config import SubmitConfig
@@ -74,15 +75,39 @@ def test_a_log_is_shown_as_it_was_and_its_bar_in_one_line(monkeypatch, is_termin
             assert shown == log + "\n"
 
 
-def test_the_upload_is_small():
-    """Of a working copy with all that stands in .rayignore: what is left of it, zipped as Ray does."""
-    ignored = {line.rstrip("/") for line in (ROOT / ".rayignore").read_text().split()}
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        for path in ROOT.rglob("*"):
-            if path.is_file() and not ignored & set(path.relative_to(ROOT).parts):
-                packed.write(path, path.relative_to(ROOT))
-    assert 1e5 < len(archive.getvalue()) < 5e6
+def test_the_upload_is_small(tmp_path):
+    """Packed by Ray itself, of a working copy with all that stands in .rayignore."""
+    create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True)
+    assert 1e5 < (tmp_path / "package.zip").stat().st_size < 5e6
+    with zipfile.ZipFile(tmp_path / "package.zip") as packed:
+        names = packed.namelist()
+    assert {"pipelines/all.py", "mdt_ray/cli.py", "tune_spaces/mask_ratio.py"} <= set(names)
+    assert not [name for name in names if name.split("/")[0] in ("tests", "runs", ".git", ".venv")]
+
+
+def test_a_home_folder_and_a_large_one_are_not_uploaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "people" / "me"))
+    (tmp_path / "people" / "me" / "data").mkdir(parents=True)
+    for folder in ("people/me", "people"):
+        with pytest.raises(ValueError, match="your keys and all else would go to the cluster; give the command in another"):
+            submit.submit(SubmitConfig(working_dir=str(tmp_path / folder)))
+    data = tmp_path / "people" / "me" / "data"
+    with (data / "large.bin").open("wb") as file:
+        file.truncate(101 * 10**6)
+    with pytest.raises(ValueError, match=r"more than 100 MB would go to the cluster; name what is to stay in a \.rayignore"):
+        submit.submit(SubmitConfig(working_dir=str(data)))
+    (data / ".rayignore").write_text("*.bin")
+    with pytest.raises(RuntimeError, match="name the cluster's dashboard"):
+        submit.submit(SubmitConfig(working_dir=str(data), address="http://127.0.0.1:1"))
+
+
+@pytest.mark.parametrize(("log", "said"), [
+    ("train: 10%|#\nmdt-ray train: error: folder holds another run:\n  lr: 1 -> 2\nUse another folder\ntrain: 20%|##\n",
+     "folder holds another run:\n  lr: 1 -> 2\nUse another folder"),
+    ("mdt-ray evaluate sweep: error: KeyError: 'a'\n(--debug shows the traceback)\n", "KeyError: 'a'"),
+    ("starting\nKilled\n\n", "Killed"), ("", "")])
+def test_the_last_error_is_what_was_said_of_it(log, said):
+    assert submit._last_error(log) == said
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +141,10 @@ def test_a_job_is_followed_to_its_end_good_or_bad(head, tmp_path):
     failed = run(head, *train, "--optim.lr", "0.5", "--num-steps", "9")
     assert failed.returncode == 1
     assert "holds another run; these settings differ" in failed.stderr
-    assert re.search(r"mdt-ray submit: error: job train-\d+-\d+ failed: Use another output folder", failed.stderr)
+    assert re.search(r"mdt-ray submit: error: job train-\d+-\d+ failed: .*holds another run; these settings differ.*"
+                     "Use another output folder", failed.stderr, re.DOTALL)
+    twice = run(head, "--name", "short", *train, "--num-steps", "5")
+    assert (twice.returncode, "the cluster has had a job of that name" in twice.stderr) == (1, True), twice.stderr
     strange = run(head, "list", RAY_AUTH_MODE="disabled")
     assert strange.returncode == 1
     assert "the cluster asks for its token; set RAY_AUTH_MODE=token" in strange.stderr
@@ -153,6 +181,22 @@ def test_a_detached_job_is_listed_and_stopped_and_goes_on(head, tmp_path):
     assert [line.split()[1] for line in run(head, "list").stdout.splitlines()[1:3]] == ["succeeded", "stopped"]
     unknown = run(head, "stop", "nobody")
     assert (unknown.returncode, "the cluster has no such job; `mdt-ray submit list`" in unknown.stderr) == (1, True)
+
+
+@pytest.mark.ray
+def test_what_a_job_uses_was_uploaded(head):
+    """Nothing of the package is there."""
+    command = "import importlib.metadata, sys, mdt_ray; print('from', mdt_ray.__file__, *sys.argv[1:]);" \
+              "print(*[d.name for d in importlib.metadata.distributions() if 'mdt' in d.name], 'found')"
+    submission = [str(harness.RAY), "job", "submit", "--address", head.address]
+    for folder, code in ((["--working-dir", "."], 0), ([], 1)):
+        done = subprocess.run([*submission, *folder, "--", "python", "-c", command], env=head.environment, cwd=ROOT,
+                              text=True, capture_output=True, timeout=120)
+        assert done.returncode == code, done.stdout + done.stderr
+        if folder:
+            assert re.search(r"from \S+/working_dir_files/\S+/mdt_ray/__init__.py\nfound", done.stdout), done.stdout
+        else:
+            assert "No module named 'mdt_ray'" in done.stdout
 
 
 @pytest.mark.ray
