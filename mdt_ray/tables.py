@@ -18,6 +18,14 @@ MAX_TEXT_BYTES = 4096
 NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 BATCH_BYTES = 2**26
 """Unpacked at once, at most, where each row is as long as all that the file has for the column."""
+MAX_UNPACKED = 1000
+"""Bytes of a table for each of its file, at most."""
+PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}
+"""Encodings of values as they are; the latter two tell which of them are missing."""
+
+
+class Refused(ValueError):
+    """A table that could do harm is not read."""
 
 
 def write(uri: str, table: pa.Table, **options: Any) -> None:
@@ -28,13 +36,26 @@ def write(uri: str, table: pa.Table, **options: Any) -> None:
 
 
 def read(uri: str) -> pa.Table:
-    """A whole Parquet file. Raises FileNotFoundError, and ValueError as `open_file`."""
-    return open_file(uri).read()
+    """A whole Parquet file. Raises FileNotFoundError, and ValueError as `open_file` and for one that unpacks to too much."""
+    data = storage.read_bytes(uri)
+    file, most, batches = _opened(uri, data), BATCH_BYTES + MAX_UNPACKED * len(data), []
+    for k in range(file.num_row_groups):
+        group = file.metadata.row_group(k)
+        size = max((group.column(i).total_uncompressed_size for i in range(group.num_columns)), default=1)
+        for batch in file.iter_batches(max(BATCH_BYTES // size, 1), row_groups=[k]):
+            most -= batch.nbytes
+            if most < 0:
+                raise Refused(f"{uri}: unpacks to more than {MAX_UNPACKED} times its size: not read")
+            batches.append(batch)
+    return pa.Table.from_batches(batches, file.schema_arrow)
 
 
 def open_file(uri: str) -> pq.ParquetFile:
     """A small Parquet file, fetched whole. Raises FileNotFoundError, and ValueError naming what is none or is refused."""
-    data = storage.read_bytes(uri)
+    return _opened(uri, storage.read_bytes(uri))
+
+
+def _opened(uri: str, data: bytes) -> pq.ParquetFile:
     try:
         return open_handle(pa.BufferReader(data))
     except ValueError as error:
@@ -42,14 +63,22 @@ def open_file(uri: str) -> pq.ParquetFile:
 
 
 def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
-    """An open file as Parquet, with pyarrow's options. Raises ValueError for what no table of ours, and no data set, needs:
+    """An open file as Parquet, with pyarrow's options. Raises Refused for what no table of ours, and no data set, needs:
     columns whose values Python makes (Ray registers a type that unpickles them), and many more rows than bytes."""
     file = pq.ParquetFile(handle, **options)
     if names := [field.name for field in file.schema_arrow if _makes_objects(field.type)]:
-        raise ValueError(f"its columns {', '.join(names)} hold Python objects, which could run code: not read")
+        raise Refused(f"its columns {', '.join(names)} hold Python objects, which could run code: not read")
     if file.metadata.num_rows > 4 * handle.size():
-        raise ValueError(f"has {file.metadata.num_rows} rows in {handle.size()} bytes: not read")
+        raise Refused(f"has {file.metadata.num_rows} rows in {handle.size()} bytes: not read")
     return file
+
+
+def refuse_packed(metadata: pq.FileMetaData) -> None:
+    """Raise Refused for a table that its file does not hold as it is: it might unpack to any size."""
+    for k in range(metadata.num_row_groups):
+        for column in (metadata.row_group(k).column(i) for i in range(metadata.num_columns)):
+            if column.compression != "UNCOMPRESSED" or column.has_dictionary_page or not PLAIN.issuperset(column.encodings):
+                raise Refused(f"its column {column.path_in_schema} is packed: not read")
 
 
 def _makes_objects(kind: pa.DataType) -> bool:

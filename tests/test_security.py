@@ -185,3 +185,16 @@ def test_columns_of_python_objects_are_refused(tmp_path):
     assert not Path(f"{path}.ran").exists()
     pq.read_table(path).to_pylist()  # as it would be without that
     assert Path(f"{path}.ran").exists()
+
+
+def test_a_table_that_unpacks_to_much_is_not_read(tmp_path):
+    path = tmp_path / "rejected.parquet"
+    pq.write_table(pa.table({"id": ["a" * 2**16] * 2000, "reason": [""] * 2000}), path, compression="zstd")
+    assert path.stat().st_size < 4096
+    with pytest.raises(ValueError, match=r"rejected.parquet: unpacks to more than 1000 times its size"):
+        tables.read(str(path))
+    table = pa.table({"id": [f"image-{i}" for i in range(10_000)], "reason": ["broken"] * 10_000})
+    tables.write(str(path), table)
+    assert tables.read(str(path)) == table
+    tables.write(str(path), table[:0])
+    assert tables.read(str(path)) == table[:0]

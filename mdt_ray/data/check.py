@@ -68,7 +68,9 @@ def _check_file(folder: str, manifest: Manifest, file: LatentFile,
     if storage.sha256(data) != file.sha256:
         return [Problem(file.name, "checksum differs: its bytes have changed", damaged=True)], None
     try:
-        table = tables.open_handle(pa.BufferReader(data)).read()
+        opened = tables.open_handle(pa.BufferReader(data))
+        tables.refuse_packed(opened.metadata)
+        table = opened.read()
     except ValueError as error:
         return [Problem(file.name, str(error))], None
     problems = []

@@ -228,6 +228,8 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
                 table = pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns=columns + others,
                                                                                    use_threads=False)
             break
+        except tables.Refused as error:
+            raise ValueError(f"{uri}: {error}; {REBUILD}") from error
         except (OSError, ValueError) as error:
             if _is_damaged(uri, file):
                 raise ValueError(f"{uri}: row group {group} is not readable ({error}); run the same `mdt-ray precompute` "
@@ -240,7 +242,10 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
     for name in columns[1:]:
         if name not in table.column_names:
             raise ValueError(f"{uri}: has no {name}; run `mdt-ray precompute --flip`")
-        arrays[name] = binary_rows(table.column(name), (2, *shape))
+        try:
+            arrays[name] = binary_rows(table.column(name), (2, *shape))
+        except ValueError as error:
+            raise ValueError(f"{uri}: row group {group}: {name}: {error}; {REBUILD}") from error
     return arrays
 
 
@@ -259,13 +264,19 @@ def _metadata(uri: str, sha256: str) -> pq.FileMetaData:
     """A file's own index, read and checked once."""
     fs, path = storage.resolve(uri)
     with fs.open_input_file(path) as handle:
-        return tables.open_handle(handle).metadata
+        metadata = tables.open_handle(handle).metadata
+    tables.refuse_packed(metadata)
+    return metadata
 
 
 def binary_rows(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
-    """A binary column of equal rows as one float16 array, a view of its data buffer."""
+    """A binary column of equal rows as one float16 array, a view of its data buffer. Raises ValueError for others."""
     array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    if array.type != pa.binary():
+        raise ValueError(f"is of type {array.type}")
+    size = int(np.prod(shape))
+    ends = np.frombuffer(array.buffers()[1], dtype=np.int32)[array.offset:array.offset + len(array) + 1]
+    if array.null_count or (np.diff(ends) != 2 * size).any():
+        raise ValueError(f"its rows are not of {2 * size} bytes")
     data = np.frombuffer(array.buffers()[2], dtype=np.float16)
-    first = np.frombuffer(array.buffers()[1], dtype=np.int32)[array.offset] // 2
-    count = len(array) * int(np.prod(shape))
-    return data[first:first + count].reshape(len(array), *shape)
+    return data[ends[0] // 2:ends[-1] // 2].reshape(len(array), *shape)

@@ -178,6 +178,23 @@ def test_a_file_damaged_while_training_is_named(folder):
         list(itertools.islice(reader.batches(0), 20))
 
 
+@pytest.mark.parametrize(("rows", "options", "text"), [
+    ([bytes(2**16)] * 900, {"use_dictionary": True}, "is packed: not read"),
+    ([bytes(256)] * 9, {"compression": "zstd"}, "is packed: not read"),
+    ([bytes(256)] * 9, {"column_encoding": {"moments": "DELTA_BYTE_ARRAY"}}, "its column moments is packed: not read"),
+    ([bytes(256), bytes(2**16)], {}, "moments: its rows are not of 256 bytes"),
+    ([bytes(256), None], {}, "moments: its rows are not of 256 bytes"),
+    (["a" * 256], {}, "moments: is of type string")])
+def test_latents_that_unpack_to_any_size_or_have_another_shape_are_not_read(tmp_path, rows, options, text):
+    pq.write_table(pa.table({"label": [0] * len(rows), "moments": rows}), tmp_path / "chunk-00000.parquet",
+                   **{"compression": "none", "use_dictionary": False} | options)
+    data = (tmp_path / "chunk-00000.parquet").read_bytes()
+    file = latents.LatentFile(name="chunk-00000.parquet", num_rows=len(rows), num_bytes=len(data),
+                              sha256=storage.sha256(data), rows_per_group=len(rows), validation_rows=[])
+    with pytest.raises(ValueError, match=rf"chunk-00000.parquet: .*{text}.*precompute"):
+        latents.read_group(str(tmp_path), file, 0, [4, 4, 4], flip=False)
+
+
 def test_missing_mirror_images_are_an_error(folder, tmp_path):
     file = latents.open_manifest(str(folder)).files[0]
     with pytest.raises(ValueError, match="has no moments_flip"):
