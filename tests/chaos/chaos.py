@@ -9,6 +9,7 @@ as a person would. Prints a line a run, and as the last one JSON with the figure
 
 import argparse
 import contextlib
+import hashlib
 import json
 import platform
 import random
@@ -238,22 +239,31 @@ def rows_of(objects: dict[str, bytes]) -> list[dict[str, Any]]:
 
 
 def essence(job: str, objects: dict[str, bytes], num_steps: int) -> dict[str, Any]:
-    """What must be the same: latents and features byte for byte, metrics and losses bit for bit, trials by name."""
+    """What must be the same: latents and features byte for byte, metrics and losses bit for bit, trials by name, and of the
+    rest that it is there; and checkpoints that are not what their checksums say."""
     if job == "precompute":
         return {name: data for name, data in objects.items() if name not in ("run.json", "source.parquet")}  # paths, times
     if job == "evaluate":
-        chunks = {name: data for name, data in objects.items() if name.startswith("chunks/")}
+        chunks = {name: data if "chunks/" in name else True for name, data in objects.items()}
         return chunks | {"metrics": json.loads(objects["metrics.json"])["metrics"] if "metrics.json" in objects else None}
     if job == "train":
         last, same = f"checkpoints/step-{num_steps:08d}/", (".safetensors", "optimizer.pt", "state.json")
         names = {name: True for name in objects if "/" not in name or name.startswith("checkpoints/")}
         bits = {name: data for name, data in objects.items() if name.startswith(last) and name.endswith(same)}
         return names | bits | {
+            "damaged": [name for name in objects if name.endswith("/checksums.json") and not _is_whole(name, objects)],
             "rows": [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in rows_of(objects)]}
     names = {name: True for name in objects if "/" not in name or name.endswith("/result.json")}
     table = json.loads(objects["results.json"]) if "results.json" in objects else {"trials": []}
     trials = [(t["name"], t["status"], t["metrics"], [row["loss"] for row in t["curve"]]) for t in table["trials"]]
     return names | {"trials": trials, "others": [table.get(key) for key in ("left", "stopped", "failed")]}
+
+
+def _is_whole(name: str, objects: dict[str, bytes]) -> bool:
+    """Whether all files below are what the checksums say."""
+    folder = name.rpartition("/")[0]
+    sums = json.loads(objects[name])
+    return bool(sums) and sums == {file: hashlib.sha256(objects.get(f"{folder}/{file}", b"")).hexdigest() for file in sums}
 
 
 def main(jobs: list[str], runs: int, logs: Path, first: int = 0) -> dict[str, Any]:

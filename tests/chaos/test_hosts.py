@@ -36,7 +36,7 @@ def test_a_job_runs_over_hosts_and_a_store(chaos, job):
     finally:
         over.set()
         thread.join()
-    assert {1, 2} <= at_work, "the head does no work"
+    assert {1, 2} <= at_work, "both that have processors"
     left = chaos.rig.store.objects(f"straight/{job}")
     run = json.loads(left["run.json"])
     assert run["config"]["output"].startswith("s3://")
