@@ -6,7 +6,8 @@
 between two chunks of one actor beyond its wait are what scheduling costs. Actors reserve next to nothing and share this
 machine's processors, so that 64 processes start on two cores: starting up is a figure of its own.
 `files`: a folder of 20,000 files of latents: writing and opening its manifest, and what a restart reads of finished chunks;
-on this machine's disk, and by HTTP from moto's S3 server, which answers some hundred requests a second.
+and listing 20,000 pictures in folders of their classes; on this machine's disk, and by HTTP from moto's S3 server, which
+answers some hundred requests a second.
 `sweep`: `tune` over 200 trials that end at once.
 """
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' store
 
 from mdt_ray import presets, storage
 from mdt_ray.config import WorkersConfig
-from mdt_ray.data import latents
+from mdt_ray.data import latents, listings, sources
 from mdt_ray.data.latents import LatentFile, Manifest
 from mdt_ray.jobs import fanout, precompute, search, session, tune
 from tests import s3
@@ -111,12 +112,17 @@ def _folder_of(folder: str, count: int, prefix: str) -> dict[str, float]:
 
     with ThreadPoolExecutor(16) as pool:
         written = seconds(lambda: list(pool.map(write, range(count))))
+        list(pool.map(lambda k: storage.write_bytes(storage.join(folder, "pictures", f"{k % 100:02d}", f"{k}.png"), data),
+                      range(count)))
     found: list[Any] = []
     figures = {"write_files": written, "write_manifest": seconds(lambda: latents.write_manifest(folder, manifest)),
                "open_manifest": seconds(lambda: found.append(latents.open_manifest(folder))),
-               "restart_reads_chunks": seconds(lambda: found.append(precompute.finished_entries(folder, "x", count)))}
+               "restart_reads_chunks": seconds(lambda: found.append(precompute.finished_entries(folder, "x", count))),
+               "list_pictures": seconds(lambda: found.append(listings.list_images(sources.open_source(
+                   storage.join(folder, "pictures")))))}
     assert found[0] == manifest
     assert len(found[1]) == count
+    assert found[2].table.num_rows == count
     return {f"{prefix}{name}_seconds": value for name, value in figures.items()}
 
 
