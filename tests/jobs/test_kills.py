@@ -267,3 +267,26 @@ def test_tune_goes_on_after_a_kill(folder, checkpoint, environment, victim):
     assert harness.leftovers(killed) == []
     assert harness.open_placement_groups() == []
     assert harness.ray_process("ImplicitFunc") is None, "no trial outlives its sweep"
+
+
+@pytest.mark.slow
+def test_all_jobs_in_order_go_on_where_they_stopped(tmp_path, environment):
+    """Killed while training, in the sweep and while evaluating: what was finished stays as it is."""
+    command = ["quickstart", "digits", "--output", str(tmp_path), "--train.num-steps", "20",
+               "--train.keep-every-steps", "10", "--train.checkpoint-every-steps", "10",
+               "--tune.train.num-steps", "10", "--tune.evaluate.num-samples", "30", "--tune.max-trials", "2",
+               "--evaluate.num-samples", "60", "--evaluate.sampling.num-sampling-steps", "5"]
+    finished = {}
+    for moment, done in {
+        "train/checkpoints/step-00000010/checksums.json": "latents/*",
+        "tune/trials/*/result.json": "train/checkpoints/*/*",
+        "evaluate/*/chunks/*": "tune/trials/*/result.json"}.items():
+        assert harness.run_and_kill(command, environment, when=lambda moment=moment: any(tmp_path.glob(moment))) == -9
+        assert {p: p.stat().st_mtime_ns for p in finished} == finished
+        finished |= {p: p.stat().st_mtime_ns for p in tmp_path.glob(done) if p.name != "lock.json"}
+    assert len(finished) > 20
+    harness.run(command, environment)
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    assert json.loads((tmp_path / "stages.json").read_text()).keys() == {"precompute", "train", "tune", "evaluate"}
+    assert (tmp_path / "report" / "index.html").is_file()
+    assert harness.leftovers(tmp_path) == []
