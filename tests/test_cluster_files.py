@@ -542,13 +542,14 @@ def test_slurm_asks_for_a_signal_before_the_end_and_may_come_again():
 ])
 def test_a_pod_waits_for_its_work_to_be_saved(tmp_path, env, processes, told, waits):
     log = tmp_path / "log"
-    find = f'while read -r id line; do [[ $line =~ $2 ]] && echo "$id $line"; done <<< "{processes}" | grep .'
+    gone = f"grep -qs slept {log} && exit 1"  # (else how long it takes would decide)
+    find = f'{gone}; while read -r id line; do [[ $line =~ $2 ]] && echo "$id $line"; done <<< "{processes}" | grep .'
     for name, body in {"pgrep": find, "ray": f'echo "$*" >> {log}',
                        "sleep": f'echo slept >> {log}; exec /bin/sleep 0.2'}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     subprocess.run(["bash", str(CLUSTER / "leave.sh")], check=True, timeout=60,
-                   env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LEAVE_SECONDS": "1"} | env)
+                   env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LEAVE_SECONDS": "40"} | env)
     lines = log.read_text().splitlines() if log.exists() else []
     assert any(line.startswith("drain-node --address head:6379") for line in lines) == told
     assert ("slept" in lines) == waits
