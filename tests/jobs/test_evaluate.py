@@ -265,7 +265,8 @@ def evaluated(checkpoint, folder, workers, batch):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("workers", "batch"), [(2, 64), (1, 1), pytest.param(3, 7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("workers", "batch"), [
+    (1, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 64), (3, 7)))])
 def test_workers_and_batches_change_no_image(checkpoint, alone, ray_session, tmp_path, workers, batch):
     """Equal labels, images within a grey level; of equal plans, equal bytes."""
     expected, expected_files, (pictures, labels) = alone

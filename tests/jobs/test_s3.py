@@ -54,7 +54,8 @@ def source(store, tmp_path_factory):
 SETTINGS = ["--vae.path", "digits", "--image-size", "32", "--chunk-size", "8", "--encode-batch-size", "4"]
 
 
-@pytest.mark.parametrize("kind", ["folder", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("tars", "parquet"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "tars", "parquet"])
 def test_from_store_to_store_equals_from_disk_to_disk(store, source, tmp_path, kind):
     harness.run_here(["precompute", "--source", f"{source}/{kind}", "--output", str(tmp_path / "out"), *SETTINGS])
     command = ["precompute", "--source", store.uri(f"source/{kind}"), "--output", store.uri(f"out-{kind}"), *SETTINGS]

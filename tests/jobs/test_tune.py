@@ -47,6 +47,7 @@ def results_of(folder) -> dict[str, dict]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_trials_are_run_once_whatever_becomes_of_them(latents, tmp_path):
     """Two seeds of four points, of which one diverges and one finds no memory; then the same again; then a third seed of
     three, with a retry."""
