@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from mdt_ray import storage, tables
+from mdt_ray import storage
 from mdt_ray.data import latents
 from mdt_ray.data.latents import LatentFile, Manifest
 
@@ -68,9 +68,7 @@ def _check_file(folder: str, manifest: Manifest, file: LatentFile,
     if storage.sha256(data) != file.sha256:
         return [Problem(file.name, "checksum differs: its bytes have changed", damaged=True)], None
     try:
-        opened = tables.open_handle(pa.BufferReader(data))
-        tables.refuse_packed(opened.metadata)
-        table = opened.read()
+        table = latents.open_handle(pa.BufferReader(data)).read()
     except ValueError as error:
         return [Problem(file.name, str(error))], None
     problems = []

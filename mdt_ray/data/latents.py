@@ -264,9 +264,14 @@ def _metadata(uri: str, sha256: str) -> pq.FileMetaData:
     """A file's own index, read and checked once."""
     fs, path = storage.resolve(uri)
     with fs.open_input_file(path) as handle:
-        metadata = tables.open_handle(handle).metadata
-    tables.refuse_packed(metadata)
-    return metadata
+        return open_handle(handle).metadata
+
+
+def open_handle(handle: pa.NativeFile) -> pq.ParquetFile:
+    """An open file of latents. Raises Refused as `tables.open_handle`, and for one that does not hold them as they are."""
+    file = tables.open_handle(handle)
+    tables.refuse_packed(file.metadata)
+    return file
 
 
 def binary_rows(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:

@@ -9,7 +9,6 @@ as a person would. Prints a line a run, and as the last one JSON with the figure
 
 import argparse
 import contextlib
-import hashlib
 import json
 import platform
 import random
@@ -29,6 +28,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mdt_ray import storage
 from mdt_ray.training.meters import MACHINE_COLUMNS
 from tests.chaos.rig import Rig
 
@@ -263,7 +263,7 @@ def _is_whole(name: str, objects: dict[str, bytes]) -> bool:
     """Whether all files below are what the checksums say."""
     folder = name.rpartition("/")[0]
     sums = json.loads(objects[name])
-    return bool(sums) and sums == {file: hashlib.sha256(objects.get(f"{folder}/{file}", b"")).hexdigest() for file in sums}
+    return bool(sums) and sums == {file: storage.sha256(objects.get(f"{folder}/{file}", b"")) for file in sums}
 
 
 def main(jobs: list[str], runs: int, logs: Path, first: int = 0) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def test_a_detached_job_is_listed_and_stopped_and_goes_on(head, tmp_path):
 @pytest.mark.ray
 def test_what_a_job_uses_was_uploaded(head):
     """Nothing of the package is there."""
-    command = "import importlib.metadata, sys, mdt_ray; print('from', mdt_ray.__file__, *sys.argv[1:]);" \
+    command = "import importlib.metadata, mdt_ray; print('from', mdt_ray.__file__);" \
               "print(*[d.name for d in importlib.metadata.distributions() if 'mdt' in d.name], 'found')"
     submission = [str(harness.RAY), "job", "submit", "--address", head.address]
     for folder, code in ((["--working-dir", "."], 0), ([], 1)):
