@@ -26,6 +26,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 PART_BYTES = 16 * 2**20
 """Of a local file that are in memory at once while it goes to an object store, or comes from there."""
+PUT_BYTES = 8 * 2**20
+"""Up to here an object goes to S3 in one request, which the store takes whole or not at all. (Arrow does so below 10 MB.)"""
 RETRY_SECONDS = (1.0, 5.0, 20.0)
 """Waited before a store is asked again."""
 REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_UPLOAD")
@@ -47,8 +49,11 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a URI and the path in it. Raises ValueError for a URI that no filesystem opens, or that holds a
     secret."""
     config_io.refuse_secrets("path", uri)
+    where = absolute(uri)
+    if where.startswith("s3://"):  # small objects in one request instead of three
+        where += f"{'&' if '?' in where else '?'}allow_delayed_open=true"
     try:
-        return pafs.FileSystem.from_uri(absolute(uri))
+        return pafs.FileSystem.from_uri(where)
     except (ValueError, OSError, NotImplementedError) as error:
         raise ValueError(f"cannot open {uri!r}: {error}; use a local path or s3://, gs://, hdfs://") from error
 
@@ -201,14 +206,17 @@ def _write_object(fs: pafs.FileSystem, path: str, parts: Callable[[], Iterable[b
         info = patiently(fs, lambda: fs.get_file_info(path))
         return info.size, info.mtime_ns
 
-    def write() -> None:
+    def write(pieces: Iterable[bytes]) -> None:
         with fs.open_output_stream(path) as stream:
-            for part in parts():
-                stream.write(part)
+            for piece in pieces:
+                stream.write(piece)
 
+    if fs.type_name == "s3" and size <= PUT_BYTES:
+        data = b"".join(parts())
+        return patiently(fs, lambda: write([data]))
     before = facts()
     try:
-        patiently(fs, write)
+        patiently(fs, lambda: write(parts()))
     finally:
         # A stream that is closed after a failed write may have completed an upload that lacks its end.
         after = facts()

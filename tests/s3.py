@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -75,6 +76,8 @@ class Line(Store):
         self.host = host
         self.server: asyncio.Server | None = None
         self.writers: set[asyncio.StreamWriter] = set()
+        self.requests: list[str] = []
+        """Method and path of those that came over it."""
         self.port = 0
         self.mend()
         super().__init__(f"http://{host}:{self.port}")
@@ -129,6 +132,8 @@ class Line(Store):
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
+                if request := re.match(rb"([A-Z]+ \S+) HTTP/1.1\r\n", data):
+                    self.requests.append(request[1].decode())
                 await asyncio.sleep(self.seconds)
                 writer.write(data)
                 await writer.drain()

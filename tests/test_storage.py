@@ -197,12 +197,25 @@ def test_a_write_that_broke_off_leaves_no_part_of_it(monkeypatch):
         fs, there = storage.resolve(store.uri("a/x"))
 
         def parts():
-            yield b"ha"
+            yield bytes(11 * 2**20)
             raise OSError("broke off")
 
-        with pytest.raises(OSError, match="2 bytes arrived of 4"):
+        with pytest.raises(OSError, match=f"{11 * 2**20} bytes arrived of {12 * 2**20}"):
+            storage._write_object(fs, there, parts, 12 * 2**20)
+        with pytest.raises(OSError, match="broke off"):
             storage._write_object(fs, there, parts, 4)
         assert store.objects("a") == {}
+
+
+def test_a_small_object_takes_one_request(monkeypatch):
+    s3.give_keys(monkeypatch)
+    with s3.serve() as store, s3.forwarded(store) as line:
+        line.requests.clear()
+        storage.write_bytes(line.uri("a/lock.json"), b"{}")
+        assert line.requests == ["PUT /pictures/a/lock.json"]
+        large = bytes(storage.PUT_BYTES) + b"the end"
+        storage.write_bytes(line.uri("a/weights"), large)
+        assert store.objects("a") == {"lock.json": b"{}", "weights": large}
 
 
 def test_what_killed_writers_left_on_this_machine_is_deleted(tmp_path, monkeypatch):
