@@ -1,6 +1,7 @@
 """A Ray head in processes of its own, behind token authentication, for tests of what is submitted to it."""
 
 import contextlib
+import importlib.metadata
 import os
 import secrets
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from packaging.requirements import Requirement
 
 from tests.harness import RAY
 
@@ -37,14 +39,28 @@ def free_port() -> int:
 
 
 def bare_python(folder: Path) -> Path:
-    """A Python with what is installed here, but for this package: as in the images of a cluster."""
+    """A Python with what the package needs, but for the package: as in the images of a cluster. What is beside that here
+    would be found by diffusers, say, and loaded."""
     made = folder / "python"
     venv.create(made, symlinks=True)
     site, here = (Path(sysconfig.get_path("purelib", vars={"base": str(base)})) for base in (made, sys.prefix))
-    for entry in here.iterdir():
-        if "mdt_ray" not in entry.name and entry.suffix != ".pth":
-            (site / entry.name).symlink_to(entry)
+    for name in {file.parts[0] for needed in _needs("mdt-ray") for file in needed.files or ()} - {"..", "__pycache__"}:
+        (site / name).symlink_to(here / name)
     return made / "bin" / "python"
+
+
+def _needs(package: str) -> list[importlib.metadata.Distribution]:
+    """The distributions that a package needs, and what they need; without itself."""
+    found: dict[tuple[str, str], importlib.metadata.Distribution] = {}
+    requirements = [Requirement(package)]
+    while requirements:
+        needed = requirements.pop()
+        for extra in {"", *needed.extras}:
+            if (needed.name.lower(), extra) not in found:
+                found[needed.name.lower(), extra] = distribution = importlib.metadata.distribution(needed.name)
+                below = map(Requirement, distribution.requires or ())
+                requirements += [r for r in below if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return [distribution for (name, _), distribution in found.items() if name != package]
 
 
 def environment(folder: Path) -> dict[str, str]:

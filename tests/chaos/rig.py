@@ -94,7 +94,8 @@ class Rig:
         self.environment = clusters.environment(folder) | s3.KEYS | {
             # A node is given up after so many failed looks: a cable pulled for ten seconds is no lost node.
             "RAY_health_check_failure_threshold": "8", "RAY_health_check_period_ms": "2000",
-            "RAY_health_check_timeout_ms": "2000"}
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0"}  # looks for new logs twice a second, not always: three share cores
         self.token = Path(self.environment["RAY_AUTH_TOKEN_PATH"])
         self.sessions = tempfile.mkdtemp(prefix="rig-", dir="/tmp")  # sockets: short
         self.address = f"http://{self.hosts[0].address}:{self.dashboard}"
