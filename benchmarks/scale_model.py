@@ -94,6 +94,16 @@ def evaluate(name: str) -> str:
     return table(["GPUs", "images/s", "minutes of drawing", "of all time, with the start", "--chunk-size"], rows)
 
 
+def tune(name: str, steps: int, batch: int, samples: int) -> str:
+    """Trials of a GPU each: so many steps, then a judgement by so many guided samples of 250 steps."""
+    found = counted(name)
+    training = steps * batch * found.training_flops / GPU_FLOPS
+    seconds = START_SECONDS + training + samples * 2 * 250 * found.inference_flops / GPU_FLOPS
+    read = batch * steps / training * latents.row_bytes((4, 32, 32), flip=True)
+    rows = [[str(gpus), number(seconds / 3600), number(gpus * 86400 / seconds), number(gpus * read / 1e9)] for gpus in GPUS]
+    return table(["GPUs and trials at a time", "hours a trial", "trials a day", "read, GB/s"], rows)
+
+
 def vae_flops() -> dict[str, int]:
     """Of an image of 256 pixels, by direction."""
     with torch.device("meta"), torch.no_grad():
@@ -109,5 +119,6 @@ def vae_flops() -> dict[str, int]:
 
 if __name__ == "__main__":
     for title, text in (("precompute", precompute()), ("train XL/2", train("imagenet256-xl-2", (4, 16, 64))),
-                        ("train S/2", train("imagenet256-s-2", (16, 128))), ("evaluate XL/2", evaluate("imagenet256-xl-2"))):
+                        ("train S/2", train("imagenet256-s-2", (16, 128))), ("evaluate XL/2", evaluate("imagenet256-xl-2")),
+                        ("tune S/2", tune("imagenet256-s-2", 100_000, 256, 10_000))):
         print(f"{title}\n\n{text}\n")
