@@ -112,9 +112,10 @@ class Chaos:
         draw = random.Random(f"{job} {number}")
         faults = FAULTS if self.rig.is_network else FAULTS[:-1]  # without cables none can be pulled
         fault = faults[(number + list(WORKERS).index(job)) % len(faults)]
-        moment = draw.uniform(0.15, 0.95) * self.seconds[job]
+        share = draw.uniform(0.15, 0.92)
         for attempt in range(ATTEMPTS):
             output = f"chaos/{job}-{number}-{attempt}"
+            moment = share * self.seconds[job]
             started = time.monotonic()
             process, commands = self.rig.submit(*self.command(job, output)), 1
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -123,7 +124,8 @@ class Chaos:
             if heal is not None:
                 break
             self.finish(f"{job}-{number}", process)
-            moment *= 0.6  # it was faster than the undisturbed run, and over
+            self.seconds[job] = time.monotonic() - started  # over before, so it was an undisturbed run
+            share *= 0.9
         else:
             raise AssertionError(f"{job} {number}: always ended before anything could be done to it")
         with self._progress(output) as recovery:
