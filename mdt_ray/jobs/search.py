@@ -41,6 +41,8 @@ SIGNAL, PROGRESS, WHOLE = "val_loss", "progress", 1000
 """What trials that end early are chosen by, and how far a trial is, of WHOLE."""
 LEFT = "left"
 """Status of a run of Tune that was asked to stop: its trials go on the next time."""
+NO_ROOM = "no_room"
+"""What an error of storage.NoRoom said, in a result of Tune."""
 
 
 class Sweep(NamedTuple):
@@ -115,6 +117,8 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
 
         def fit() -> None:
             tuner.fit()
+            if ledger.no_room:
+                raise storage.NoRoom(ledger.no_room)
             for params, error in ledger.lost:
                 _give_up(_trials_of(params, config, groups), fanout.root_cause(error))
 
@@ -176,6 +180,8 @@ class _Ledger(ray.tune.Callback):
         """Runs of Tune."""
         self.lost: list[tuple[dict[str, Any], Exception]] = []
         """Parameters of runs that Tune gave up, and why."""
+        self.no_room = ""
+        """What a trial said of a full disk."""
         self.steps: dict[str, str] = {}
         """How far the trials are that train now, by name."""
         self.keys: list[str] = []
@@ -202,6 +208,7 @@ class _Ledger(ray.tune.Callback):
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         self.running.discard(trial.trial_id)
+        self.no_room = trial.last_result.get(NO_ROOM, self.no_room)
         try:
             ended = _trials_of(trial.config, self.config, self.groups)
         except ValueError:
@@ -235,7 +242,19 @@ class _Ledger(ray.tune.Callback):
 
 
 def _run(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], claim: Claim, channel: Any) -> None:
-    """In a process of Ray Tune: the trials that a run of it stands for."""
+    """In a process of Ray Tune: the trials that a run of it stands for. A full disk ends the sweep: Tune would try again."""
+    try:
+        _run_trials(params, config, groups, claim, channel)
+    except Exception as error:
+        error = fanout.root_cause(error)
+        if not isinstance(error, storage.NoRoom):
+            raise
+        channel.ask_to_stop.remote()
+        ray.tune.report({"status": LEFT, NO_ROOM: str(error)})
+
+
+def _run_trials(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], claim: Claim,
+                channel: Any) -> None:
     if ray.get(channel.asked.remote()):
         return ray.tune.report({"status": LEFT})
     try:
