@@ -94,7 +94,7 @@ def head(folder: Path, num_cpus: int = 3, **variables: str) -> Iterator[Head]:
             started = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
+                process.wait(5)
             for left in psutil.wait_procs(started, timeout=5)[1]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     left.kill()

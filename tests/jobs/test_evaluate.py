@@ -117,6 +117,7 @@ def test_statistics_stand_in_for_the_images(files, digits, tmp_path):
                                      extractor="digits", num_images=60, chunk_size=70)) == made, "nothing is left to do"
 
 
+@pytest.mark.slow
 def test_an_official_file_drops_in(files, digits, tmp_path):
     """Keys and shapes of ADM's files; features of Inception with random weights stand for the published ones."""
     torch.manual_seed(0)
@@ -282,6 +283,7 @@ def test_workers_and_batches_change_no_image(checkpoint, alone, ray_session, tmp
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_training_images_near_the_samples_are_shown(checkpoint, ray_session, tmp_path):
     """Asked for later, too: the images are not drawn again."""
     harness.run_here(["precompute", "digits", "--output", f"{tmp_path}/latents", "--workers.num-workers", "1",
@@ -300,6 +302,7 @@ def test_training_images_near_the_samples_are_shown(checkpoint, ray_session, tmp
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_sweep_draws_its_frontier(checkpoint, ray_session, tmp_path):
     config = SweepConfig(output=str(tmp_path), cfg_scale=(1.0, 2.0), cfg_power=(0.0, 2.0), cfg_interval=((0, 999), (0, 400)),
                          evaluate=EvaluateConfig(checkpoint=checkpoint, reference="digits", extractor="digits",

@@ -201,6 +201,7 @@ def compiled(rank: int, folder: Path, output: Path) -> None:
         assert counters["stats"]["unique_graphs"] == 3  # whole blocks, not cut where DDP's buckets end
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPUs")
 def test_compiled_ranks_train_as_others(folder, tmp_path):
     assert finish(launch(compiled, folder, tmp_path)) == [0] * NUM_RANKS
