@@ -84,7 +84,7 @@ def precompute() -> str:
 def evaluate(name: str) -> str:
     """50,000 images, 250 guided steps."""
     found = counted(name)
-    seconds = 2 * 250 * found.inference_flops / GPU_FLOPS + vae_flops()["decode"] / (VAE_SHARE * GPU_FLOPS)
+    seconds = drawing(found)
     rows = []
     for gpus in GPUS:
         work = SAMPLES * seconds / gpus
@@ -98,10 +98,15 @@ def tune(name: str, steps: int, batch: int, samples: int) -> str:
     """Trials of a GPU each: so many steps, then a judgement by so many guided samples of 250 steps."""
     found = counted(name)
     training = steps * batch * found.training_flops / GPU_FLOPS
-    seconds = START_SECONDS + training + samples * 2 * 250 * found.inference_flops / GPU_FLOPS
+    seconds = START_SECONDS + training + samples * drawing(found)
     read = batch * steps / training * latents.row_bytes((4, 32, 32), flip=True)
     rows = [[str(gpus), number(seconds / 3600), number(gpus * 86400 / seconds), number(gpus * read / 1e9)] for gpus in GPUS]
     return table(["GPUs and trials at a time", "hours a trial", "trials a day", "read, GB/s"], rows)
+
+
+def drawing(found: cost.Cost) -> float:
+    """Seconds an image on a GPU: 250 guided steps, and its decoding."""
+    return 2 * 250 * found.inference_flops / GPU_FLOPS + vae_flops()["decode"] / (VAE_SHARE * GPU_FLOPS)
 
 
 def vae_flops() -> dict[str, int]:
