@@ -576,6 +576,34 @@ def test_the_image_is_built_in_stages_from_the_constraints_and_is_nobodys_root()
     assert copied == allowed
     assert all((ROOT / source).exists() for source in copied)
     assert "HOME=/home/ray" in text  # where Ray's cluster launcher mounts what belongs into ~
+    # A login shell takes PATH from /etc/profile.
+    assert re.search(r"^RUN .*'PATH=/opt/venv/bin:\$PATH' > /etc/profile\.d/\w+\.sh$", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_image_gets_the_whole_package(tmp_path):
+    """What the first stage copies and runs, without the dependencies, in a folder and an environment of its own."""
+    text = re.sub(r"\\\n", " ", (CLUSTER / "Dockerfile").read_text())
+    first = text[text.index("FROM "):text.rindex("FROM ")]
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    environment = os.environ | {"PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "PIP_NO_DEPS": "1"}
+    build = tmp_path / "build"
+    build.mkdir()
+    for kind, line in re.findall(r"^(COPY|RUN) (.*)$", first, re.MULTILINE):
+        if kind == "COPY":
+            *sources, target = line.split()
+            for source in sources:
+                (shutil.copytree if (ROOT / source).is_dir() else shutil.copy2)(ROOT / source, build / target)
+        elif " -m venv " not in line:
+            subprocess.run(["bash", "-ec", line], check=True, cwd=build, env=environment)
+    shutil.rmtree(build)
+    show = "import pathlib, mdt_ray; print(pathlib.Path(mdt_ray.__file__).parent)"
+    done = subprocess.run(["python", "-c", show], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    installed = Path(done.stdout.strip())
+    assert installed.is_relative_to(tmp_path / "venv")
+    for path in (ROOT / "mdt_ray").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert (installed / path.relative_to(ROOT / "mdt_ray")).read_bytes() == path.read_bytes(), path
 
 
 def test_one_image_everywhere():
