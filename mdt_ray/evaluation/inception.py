@@ -252,7 +252,8 @@ def read_inception_weights(weights: str | Path | None = None,
     location = str(cache / Path(urlsplit(source).path).name) if is_url else storage.absolute(source)
     target = Path(location) if "://" not in location else cache / Path(WEIGHTS_URL).name
     command = (f"mkdir -p {shlex.quote(str(target.parent))} && "
-               f"curl -L -o {shlex.quote(str(target))} {shlex.quote(source if is_url else WEIGHTS_URL)}")
+               f"curl -L -o {shlex.quote(str(target))} {shlex.quote(source if is_url else WEIGHTS_URL)}"
+               + (f", and copy that file to {location}" if "://" in location else ""))
     download = is_url and not storage.exists(location)
     origin = source if download else location
     try:

@@ -331,6 +331,8 @@ def test_a_missing_file_names_the_command_that_fetches_it(tmp_path, cache):
         load_inception(tmp_path)  # a folder
     with pytest.raises(ValueError, match="cannot open"):
         load_inception("nowhere://weights.pth")
+    with pytest.raises(ValueError, match=r"curl -L -o .*, and copy that file to mock:///a/b\.pth$"):
+        load_inception("mock:///a/b.pth")  # Arrow's store in memory
 
 
 def test_a_wrong_checksum_names_file_expected_and_found(small_file, tmp_path):
