@@ -187,15 +187,26 @@ def _shape(job: str) -> str:
 
 
 def submission(config: SubmitConfig, words: list[str]) -> SubmitConfig:
-    """`config` with a command line in it that parses here, and whose output will be found again.
+    """`config` with a command line in it that parses here, lacks nothing, and whose output will be found again.
 
     Raises ValueError, or exits, as `parse` does.
     """
     job, rest = job_of(words)
     if job == "submit" or job.startswith("submit "):
         raise ValueError("a submitted command cannot be `submit`")
-    _refuse_temporary(parse(job, rest).settings)
+    settings = parse(job, rest).settings
+    _require_needed(job, settings)
+    _refuse_temporary(settings)
     return dataclasses.replace(config, command=tuple(words))
+
+
+def _require_needed(job: str, settings: Any) -> None:
+    """Raise ValueError for a setting that the job cannot start without."""
+    for name in JOBS[job].needed:
+        if not getattr(settings, name):
+            raise ValueError(f"--{name.replace('_', '-')}: not given; name it" + (
+                "" if name in ("folder", "sigma_rel", "job", "command")
+                else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
 
 
 def _refuse_temporary(settings: Any) -> None:
@@ -224,11 +235,7 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "ray", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in JOBS[job].needed:
-        if not getattr(config, name):
-            raise ValueError(f"--{name.replace('_', '-')}: not given; name it" + (
-                "" if name in ("folder", "sigma_rel", "job", "command")
-                else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
+    _require_needed(job, config)
     if UPLOADED in Path.cwd().parts:
         _refuse_temporary(config)
     module = importlib.import_module(f"mdt_ray.jobs.{JOBS[job].module or job.partition(' ')[0]}")

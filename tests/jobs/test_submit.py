@@ -26,6 +26,7 @@ from tests.test_cli import run as command_line
     (["--detach", "train", "digits", "--loss.mask-ratio", "1"], r"loss.mask_ratio = 1.0: must be in"),
     (["submit", "list"], "a submitted command cannot be `submit`"),
     (["train", "--output", "s3://key:secret@bucket/run"], r"--output = 's3://\*\*\*@bucket/run': holds a secret"),
+    (["evaluate", "imagenet256-s-2", "--output", "s3://bucket/judged"], "--reference: not given; name it"),
     (["--stop-seconds", "0", "train", "--output", "s3://bucket/run"], "stop_seconds = 0: must be positive"),
 ])
 def test_a_wrong_command_is_refused_here(arguments, message, capsys):
@@ -36,7 +37,8 @@ def test_a_wrong_command_is_refused_here(arguments, message, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["submit"], "--command: not given; name it"),
-    (["submit", "train", "--output", "s3://bucket/run"], "Failed to connect to Ray at address: http://127.0.0.1:1"),
+    (["submit", "train", "--latents", "s3://bucket/latents", "--output", "s3://bucket/run"],
+     "Failed to connect to Ray at address: http://127.0.0.1:1"),
     (["submit", "list"], "name the cluster's dashboard, as --address http://127.0.0.1:8265"),
     (["submit", "stop"], "--job: not given; name it"),
 ])
