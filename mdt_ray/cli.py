@@ -289,17 +289,23 @@ def _last_line(job: str, config: Any, result: Any) -> str:
     if job == "tune":
         return importlib.import_module("mdt_ray.jobs.tune").summary(config.output, result)
     if job == "evaluate":
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
         found = [result["memorisation"] and _memorised(config.output, result["memorisation"]),
                  _below(config.output, "metrics.json")]
-        return "\n".join([numbers, *filter(None, found)])
+        return "\n".join([_numbers(result["metrics"]), *filter(None, found)])
     if job == "evaluate sweep":
         best = result["trials"][0]
         settings = ", ".join(f"{key} {value}" for key, value in best.items() if key not in ("metrics", "output"))
         return (f"best of {len(result['trials'])}: {settings}: {result['metric']} {best['metrics'][result['metric']]:.4g}\n"
                 f"{_below(config.output, 'frontier.png')}\n"
                 f"in full: mdt-ray evaluate --config {shlex.quote(_below(config.output, 'best.json'))}")
-    return f"report {result}" if job == "quickstart" else result
+    if job == "quickstart":
+        report, metrics = result
+        return f"{_numbers(metrics)}\nreport {report}"
+    return result
+
+
+def _numbers(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _memorised(output: str, found: dict) -> str:

@@ -26,8 +26,9 @@ def resolve(config: QuickstartConfig) -> QuickstartConfig:
         evaluate=dataclasses.replace(config.evaluate, checkpoint=trained, output=storage.join(root, "evaluate")))
 
 
-def quickstart(config: QuickstartConfig) -> str:
-    """Run what is not finished yet; returns the path of the report page. Raises what the jobs raise."""
+def quickstart(config: QuickstartConfig) -> tuple[str, dict[str, float]]:
+    """Run what is not finished yet; returns the path of the report page, and the metrics of the guided samples. Raises what
+    the jobs raise."""
     config = resolve(config)
     for name, judged in (("evaluate", config.evaluate), ("tune.evaluate", config.tune.evaluate)):
         require(bool(judged.reference), f"{name}.reference", "", "not given; name real images, or statistics of them (.npz)")
@@ -42,7 +43,7 @@ def quickstart(config: QuickstartConfig) -> str:
         evaluations = evaluations_of(config)
         results = dict(zip(evaluations, evaluate.evaluate_many(list(evaluations.values()), config.evaluate.output),
                            strict=True))
-    return page.write(config, evaluations, results, sweep, clock.seconds)
+    return page.write(config, evaluations, results, sweep, clock.seconds), results["guided"]["metrics"]
 
 
 def evaluations_of(config: QuickstartConfig) -> dict[str, EvaluateConfig]:

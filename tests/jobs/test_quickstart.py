@@ -17,9 +17,12 @@ def run(tmp_path_factory, ray_session) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("quickstart") / "<b>runs & co"
     command = ["quickstart", "digits", "--output", str(folder), "--train.num-steps", "20", "--train.keep-every-steps", "10",
                "--train.checkpoint-every-steps", "10", "--tune.train.num-steps", "10", "--tune.evaluate.num-samples", "30",
-               "--tune.max-trials", "2",
+               "--tune.max-trials", "2", "--tune.evaluate.sampling.num-sampling-steps", "5",
                "--evaluate.num-samples", "60", "--evaluate.sampling.num-sampling-steps", "5"]
-    assert harness.run_here(command) == f"report {folder}/report/index.html"
+    numbers, report = harness.run_here(command).splitlines()
+    assert re.match(r"fid_digits_60 [\d.]+  ", numbers)
+    assert "label_accuracy_digits_60 " in numbers
+    assert report == f"report {folder}/report/index.html"
     return folder, command
 
 
