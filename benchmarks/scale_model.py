@@ -91,7 +91,7 @@ def evaluate(name: str) -> str:
         chunk = SAMPLES // (gpus * KEPT_BUSY)
         rows.append([str(gpus), number(gpus / seconds), number(work / 60), f"{work / (work + START_SECONDS):.0%}",
                      str(chunk)])
-    return table(["GPUs", "images/s", "minutes of drawing", "of all time, with the start", "--chunk-size"], rows)
+    return table(["GPUs", "images/s", "minutes of drawing", "share of the time", "--chunk-size"], rows)
 
 
 def tune(name: str, steps: int, batch: int, samples: int) -> str:
