@@ -41,6 +41,7 @@ def test_an_error_in_a_worker_reaches_the_caller_as_itself(tmp_path, ray_session
     assert not (tmp_path / "out" / "lock.json").exists()
 
 
+@pytest.mark.slow
 def test_workers_that_outlive_their_run_touch_nothing_and_are_not_started_again(tmp_path, ray_session, caplog):
     make_latents(tmp_path / "latents")
     config = tiny_training(tmp_path / "latents", tmp_path / "out")

@@ -135,6 +135,7 @@ def test_inspect_says_how_far_an_unfinished_job_is(folder):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_damaged_file_is_rebuilt_alone_and_decodes_to_its_pictures(tmp_path, ray_session):
     write_folder(tmp_path / "source", [(f"{'ab'[i % 2]}/{i}.png", encoded(seed=i)) for i in range(12)])
     config = encoding(tmp_path / "source", tmp_path / "out")

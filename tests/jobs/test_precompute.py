@@ -52,11 +52,9 @@ def tars(root, count: int = 12):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, ray_session):
-    """A finished run, to be copied before it is changed: twelve pictures in `source`, latents in `fp32` and in `bf16`."""
+    """A finished run, to be copied before it is changed: twelve pictures in `source`, their latents in `out`."""
     root = tmp_path_factory.mktemp("finished")
-    folders(root / "source")
-    for precision in ("fp32", "bf16"):
-        precompute(encoding(root / "source", root / precision, precision=precision))
+    precompute(encoding(folders(root / "source"), root / "out"))
     return root
 
 
@@ -64,7 +62,8 @@ def finished(tmp_path_factory, ray_session):
 
 
 @pytest.mark.parametrize("make", [folders, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (parquet, tars))])
-def test_every_image_is_encoded_once(tmp_path, ray_session, make):
+def test_every_image_is_encoded_once_and_the_job_says_so(tmp_path, ray_session, caplog, make):
+    caplog.set_level("INFO")
     manifest = precompute(encoding(make(tmp_path / "source"), tmp_path / "out", flip=True))
     assert (manifest.num_rows, manifest.num_classes, manifest.shape, manifest.num_rejected) == (12, 3, [4, 4, 4], 0)
     assert manifest.class_counts == [4, 4, 4]
@@ -84,6 +83,10 @@ def test_every_image_is_encoded_once(tmp_path, ray_session, make):
             expected = vae.encode(to_unit_range(torch.from_numpy(picture[None].copy())))[0].numpy()
             found = np.frombuffer(row[column], np.float16).reshape(2, 4, 4, 4)
             np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+    for pattern in (r"12 images of 3 classes in \d+ files", r"12 latents in 3 files, 0.0 MB; 0 images rejected",
+                    r"latents per channel: mean( -?\d+\.\d{3}){4}, std( \d+\.\d{3}){4}",
+                    r"images/s in .* work: reading \d+%, decoding \d+%, encoding \d+%, writing \d+%; encoders waited \d+%"):
+        assert re.search(pattern, caplog.text), pattern
 
 
 def test_pictures_are_shuffled_over_the_files_and_other_sources_are_not(tmp_path):
@@ -97,32 +100,29 @@ def test_pictures_are_shuffled_over_the_files_and_other_sources_are_not(tmp_path
 
 
 def test_the_statistics_are_those_of_draws_from_the_posteriors(finished):
-    manifest = latents.open_manifest(str(finished / "fp32"))
-    rows = [np.frombuffer(row["moments"], np.float16).reshape(2, 4, 4, 4) for row in rows_of(finished / "fp32", manifest)]
+    manifest = latents.open_manifest(str(finished / "out"))
+    rows = [np.frombuffer(row["moments"], np.float16).reshape(2, 4, 4, 4) for row in rows_of(finished / "out", manifest)]
     mean, std = torch.from_numpy(np.stack(rows)).double().unbind(1)
     draws = mean + std * torch.randn(800, *mean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert manifest.statistics["mean"] == pytest.approx(draws.mean((0, 1, 3, 4)).tolist(), abs=0.01)
     assert manifest.statistics["std"] == pytest.approx(draws.std((0, 1, 3, 4)).tolist(), rel=0.01)
 
 
-def test_bf16_is_near_fp32_and_another_run(finished):
-    full, half = (latents.open_manifest(str(finished / p)) for p in ("fp32", "bf16"))
-    assert (full.precision, half.precision) == ("fp32", "bf16")
-    a, b = (np.stack([np.frombuffer(r["moments"], np.float16) for r in rows_of(finished / m.precision, m)]).astype(float)
-            for m in (full, half))
-    assert 0 < np.abs(a - b).max() < 0.1
-    with pytest.raises(ValueError, match=r"precision: 'bf16' -> 'fp32'"):
-        precompute(encoding(finished / "source", finished / "bf16"))
-
-
-def encode_here(config: PrecomputeConfig) -> dict:
-    """One chunk by the real tasks and the real encoder, in this process."""
+def encode_here(config: PrecomputeConfig) -> np.ndarray:
+    """A source's latents by the real tasks and the real encoder, in this process: (n, 1 or 2, 2, C, h, w)."""
     config, source, _ = prepare(config)
     rows = listings.list_images(source).table
     encoder = encode.Encoder(config_io.to_dict(config), source.folder, source.kind, "run", "", None)
     pieces = readers.read_pieces(source.folder, source.kind, rows, encode.piece_size(config))
     decoded = [images.decode_piece(piece, config.image_size, config.exif_rotation) for piece in pieces]
-    return {"moments": np.concatenate([encoder._encode(piece.images) for piece in decoded])}
+    return np.concatenate([encoder._encode(piece.images) for piece in decoded])
+
+
+def test_bf16_is_near_fp32_and_another_run(finished):
+    full, half = (encode_here(encoding(finished / "source", finished / "none", precision=p)) for p in ("fp32", "bf16"))
+    assert 0 < np.abs(full.astype(float) - half).max() < 0.1
+    with pytest.raises(ValueError, match=r"precision: 'fp32' -> 'bf16'"):
+        precompute(encoding(finished / "source", finished / "out", precision="bf16"))
 
 
 def test_the_last_batch_does_not_change_an_image(tmp_path):
@@ -130,7 +130,7 @@ def test_the_last_batch_does_not_change_an_image(tmp_path):
     found = []
     for count in (6, 5):
         write_parquet(tmp_path / f"{count}.parquet", [(encoded(seed=i), 0) for i in range(count)])
-        found.append(encode_here(encoding(tmp_path / f"{count}.parquet", tmp_path / "out"))["moments"])
+        found.append(encode_here(encoding(tmp_path / f"{count}.parquet", tmp_path / "out")))
     assert np.array_equal(found[0][:5], found[1])
 
 
@@ -229,21 +229,12 @@ def test_workers_that_leave_no_cpu_are_refused(tmp_path, ray_session):
     assert ray_session.data.DataContext.get_current().execution_no_progress_timeout_s == -1, "a chunk may take an hour"
 
 
-def test_the_job_says_what_it_did(tmp_path, ray_session, caplog):
-    caplog.set_level("INFO")
-    precompute(encoding(parquet(tmp_path / "source"), tmp_path / "out"))
-    for pattern in (r"12 images of 3 classes in 1 files", r"12 latents in 3 files, 0.0 MB; 0 images rejected",
-                    r"latents per channel: mean( -?\d+\.\d{3}){4}, std( \d+\.\d{3}){4}",
-                    r"images/s in .* work: reading \d+%, decoding \d+%, encoding \d+%, writing \d+%; encoders waited \d+%"):
-        assert re.search(pattern, caplog.text), pattern
-
-
 # Again
 
 
 def test_a_finished_precompute_does_nothing_and_a_damaged_file_is_rebuilt(finished, tmp_path, ray_session):
-    shutil.copytree(finished / "fp32", tmp_path / "out")
-    config, first = encoding(finished / "source", tmp_path / "out"), latents.open_manifest(str(finished / "fp32"))
+    shutil.copytree(finished / "out", tmp_path / "out")
+    config, first = encoding(finished / "source", tmp_path / "out"), latents.open_manifest(str(finished / "out"))
 
     def times() -> dict[str, int]:
         return {str(p): p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -270,16 +261,17 @@ def test_a_finished_precompute_does_nothing_and_a_damaged_file_is_rebuilt(finish
 
 def test_chunks_of_another_run_are_not_taken_over(finished, tmp_path, ray_session):
     """Even where somebody deleted what says whose they are."""
-    shutil.copytree(finished / "fp32", tmp_path / "out")
+    shutil.copytree(finished / "out", tmp_path / "out")
     for name in ("run.json", "manifest.json"):
         (tmp_path / "out" / name).unlink()
     found = precompute(encoding(finished / "source", tmp_path / "out", precision="bf16"))
-    assert [f.sha256 for f in found.files] == [f.sha256 for f in latents.open_manifest(str(finished / "bf16")).files]
+    others = {f.sha256 for f in latents.open_manifest(str(finished / "out")).files}
+    assert (found.precision, len(found.files), others & {f.sha256 for f in found.files}) == ("bf16", len(others), set())
 
 
-def test_a_changed_source_or_setting_is_refused(tmp_path, ray_session):
-    root = folders(tmp_path / "source")
-    precompute(encoding(root, tmp_path / "out"))
+def test_a_changed_source_or_setting_is_refused(finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    root = tmp_path / "source"
     with pytest.raises(ValueError, match=r"validation_share: 0.2 -> 0.3"):
         precompute(encoding(root, tmp_path / "out", validation_share=0.3))
     with pytest.raises(ValueError, match=r"another run; these settings differ:\n  exif_rotation: False -> True"):
@@ -336,7 +328,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
 
 
 def test_chunks_say_what_they_hold(finished):
-    folder = finished / "fp32"
+    folder = finished / "out"
     entry = json.loads((folder / "chunks" / "00001.json").read_text())
     assert (entry["num_read"], entry["rejected"], sum(entry["class_counts"].values())) == (4, [], 4)
     manifest = latents.open_manifest(str(folder))

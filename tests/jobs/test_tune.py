@@ -275,6 +275,7 @@ def test_bad_spaces_are_refused_before_anything_starts(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_sweep_is_stopped_and_its_budget_kept(latents, tmp_path):
     """One trial after the other, the first short enough to end; the same command with more goes on from the checkpoint."""
     config = sweep(tmp_path, latents, "[{'loss.mask_ratio': 0.3}, {'loss.mask_ratio': 0.5}]", max_concurrent_trials=1,

@@ -40,12 +40,13 @@ def settings(folder, output, kind: str, **changes):
     return tiny_training(folder, output, model=model, loss=loss, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "num_compiled"), [
     # One kind of block, for all tokens of B images (encoder, side-interpolator), for the kept ones, and for all of 2B.
     ("mdt_v1", 3),
     # Blocks without a long skip for all tokens and two numbers of kept ones, blocks with one for these and for all of 2B.
-    pytest.param("mdt_v2", 7, marks=pytest.mark.slow),
-    pytest.param("dit", 1, marks=pytest.mark.slow)])
+    ("mdt_v2", 7),
+    ("dit", 1)])
 def test_every_kind_and_shape_is_compiled_once_and_losses_agree(folder, tmp_path, kind, num_compiled):
     seen = []
     compiled = settings(folder, tmp_path / "compiled", kind, num_steps=200, checkpoint_every_steps=100, compile=True)
