@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import sys
+import tempfile
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
@@ -98,7 +99,9 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
     concurrent = min(config.max_concurrent_trials or max(session.room(workers) // workers.num_workers, 1), num_runs)
     takes = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
     ended = {t.name for t in known if t.result() is not None}
-    with progress.bar(total, "trial", "tune", initial=len(ended)) as bar:
+    # Tune's own files are of no use to anybody else. It unpickles errors that it finds there, so they are not in a bucket.
+    with progress.bar(total, "trial", "tune", initial=len(ended)) as bar, \
+            tempfile.TemporaryDirectory(prefix="mdt-ray-tune-", ignore_cleanup_errors=True) as own:
         ledger = _Ledger(sweep, bar, groups, ended)
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(
@@ -111,7 +114,7 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
                 max_concurrent_trials=concurrent, reuse_actors=config.scheduler == "none",
                 trial_dirname_creator=lambda found: found.trial_id),
             run_config=ray.tune.RunConfig(
-                name=uuid.uuid4().hex[:12], storage_path=storage.join(config.output, "ray"), verbose=0,
+                name=uuid.uuid4().hex[:12], storage_path=own, verbose=0,
                 failure_config=ray.tune.FailureConfig(max_failures=MAX_LOSSES),
                 callbacks=[ledger]))
 
@@ -132,7 +135,6 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
                 return control.watch(fit, channel, config.train, workers.num_workers, sweep.wish, ledger.on_row, meanwhile)
         finally:
             sweep.budget.write()
-            storage.remove(storage.join(config.output, "ray"))
             ray.kill(channel)
 
 

@@ -309,7 +309,20 @@ def test_a_sweep_leaves_its_report_and_settings_that_train_again(latents, tmp_pa
     np.savez("real.npz", arr_0=rng.integers(0, 255, (100, 32, 32, 3), np.uint8))
     config = sweep(tmp_path, os.path.relpath(latents), "{'loss.mask_ratio': [0.3, 0.6], 'model.decode_layer': [1, 2]}",
                    max_trials=3, **{"evaluate.keep_images": 20, "evaluate.reference": "real.npz", "output": "out"})
-    table = tune(config)
+    from ray.tune import Tuner
+
+    fit, seen = Tuner.fit, []
+
+    def watched(tuner):
+        found = fit(tuner)
+        seen.extend(path.name for path in (tmp_path / "out").rglob("*"))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tuner, "fit", watched)
+        table = tune(config)
+    assert "metrics.json" in seen
+    assert not [name for name in seen if name.endswith(".pkl") or "experiment" in name], "Tune unpickles what it finds"
     np.savez("other.npz", arr_0=rng.integers(0, 255, (100, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match=r"holds another run; .*\n.*inputs.reference"):
         tune(config_io.override(config, {"evaluate.reference": "other.npz"}))
