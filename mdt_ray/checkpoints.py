@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def step_of(uri: str) -> int:
     return int(uri.rpartition("step-")[2].partition("?")[0])
 
 
+def _named(folder: str) -> list[str]:
+    """What lies in a folder and has a checkpoint's name, oldest first."""
+    return [name for name in storage.list_names(folder) if re.fullmatch(r"step-\d{8,}", name)]
+
+
 def kept(steps: list[int], keep_last: int, keep_every_steps: int) -> list[int]:
     """Of checkpoints at these steps, oldest first, those that stay: the newest `keep_last`, and those at a multiple of
     `keep_every_steps` (0: none), step 0 among them."""
@@ -45,8 +51,7 @@ def create(uri: str) -> Iterator[Path]:
 def list_finished(output: str, kind: str = CHECKPOINTS) -> list[str]:
     """URIs of finished checkpoints (or SNAPSHOTS) of a training output, oldest first."""
     folder = storage.join(output, kind)
-    found = [n for n in storage.list_names(folder) if n.startswith("step-") and ".tmp-" not in n]
-    return [storage.join(folder, n) for n in found if storage.exists(storage.join(folder, n, CHECKSUMS))]
+    return [storage.join(folder, n) for n in _named(folder) if storage.exists(storage.join(folder, n, CHECKSUMS))]
 
 
 def damage(uri: str) -> str | None:
@@ -89,9 +94,9 @@ def drop_after(output: str, step: int) -> None:
     left without its mark: neither may count as the newest, or take the place of one that is kept. For the one owner."""
     folder = storage.join(output, CHECKPOINTS)
     storage.clear_leftovers(folder)
-    for name in storage.list_names(folder):
-        uri = storage.join(folder, name)
-        if name.startswith("step-") and (step_of(name) > step or not storage.exists(storage.join(uri, CHECKSUMS))):
+    for found in _named(folder):
+        uri = storage.join(folder, found)
+        if step_of(found) > step or not storage.exists(storage.join(uri, CHECKSUMS)):
             remove(uri)
 
 

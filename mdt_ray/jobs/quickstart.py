@@ -53,9 +53,10 @@ def evaluations_of(config: QuickstartConfig) -> dict[str, EvaluateConfig]:
     found = {"guided": dataclasses.replace(guided, output=storage.join(root, "guided"))}
     finished = checkpoints.list_finished(config.train.output)
     for uri in finished:
-        if uri != finished[-1] and checkpoints.step_of(uri) % (config.train.keep_every_steps or config.train.num_steps):
+        step = checkpoints.step_of(uri)
+        if uri != finished[-1] and step % (config.train.keep_every_steps or config.train.num_steps):
             continue
-        name = "unguided-" + uri.rpartition("/")[2]
+        name = f"unguided-{checkpoints.name(step)}"
         found[name] = dataclasses.replace(guided, checkpoint=uri, sampling=sampling, output=storage.join(root, name))
     return found
 

@@ -1,6 +1,7 @@
 """Jobs with an object store as source and as target: a real server over HTTP, real processes, real kills."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,16 +9,17 @@ import sys
 import numpy as np
 import pytest
 
-from mdt_ray import storage
+from mdt_ray import config_io, presets, storage
 from mdt_ray.config import EvaluateConfig, PrecomputeConfig, ReferenceConfig
 from mdt_ray.data import latents
 from mdt_ray.data.sources import DIGITS
+from mdt_ray.jobs import quickstart
 from mdt_ray.jobs.evaluate import evaluate_many
 from mdt_ray.jobs.precompute import precompute
 from mdt_ray.jobs.reference import reference
 from tests import harness, s3
 from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
-from tests.helpers import make_latents
+from tests.helpers import Page, make_latents
 from tests.jobs.test_kills import TRAIN
 
 pytestmark = pytest.mark.ray
@@ -68,6 +70,38 @@ def test_from_store_to_store_equals_from_disk_to_disk(store, source, tmp_path, k
         before = store.times("out-folder")
         harness.run_here(command)
         assert store.times("out-folder") == before, "a finished job changes nothing"
+
+
+def test_every_checkpoint_kept_has_an_evaluation_of_its_own(store):
+    """Whatever stands behind the paths in their URIs."""
+    for step in (0, 5, 10, 20):
+        store.put(f"run/train/checkpoints/step-{step:08d}/checksums.json", b"{}")
+    config = config_io.override(presets.digits(), {"output": store.uri("run"), "train.keep_every_steps": 10})
+    found = quickstart.evaluations_of(quickstart.resolve(config))
+    assert list(found) == ["guided", "unguided-step-00000000", "unguided-step-00000010", "unguided-step-00000020"]
+    assert [e.checkpoint for e in found.values()] == [store.uri("run/train")] + [
+        store.uri(f"run/train/checkpoints/step-{step:08d}") for step in (0, 10, 20)]
+    assert [e.output for e in found.values()] == [store.uri(f"run/evaluate/{name}") for name in found]
+
+
+@pytest.mark.slow
+def test_all_four_jobs_and_the_page_come_to_lie_in_the_store(store):
+    command = ["quickstart", "digits", "--output", store.uri("all"), "--train.num-steps", "20", "--train.keep-every-steps",
+               "10", "--train.checkpoint-every-steps", "10", "--tune.train.num-steps", "10", "--tune.max-trials", "2",
+               "--tune.evaluate.num-samples", "30", "--tune.evaluate.sampling.num-sampling-steps", "5",
+               "--evaluate.num-samples", "60", "--evaluate.sampling.num-sampling-steps", "5"]
+    last = harness.run_here(command)
+    found = store.objects("all")
+    assert last.splitlines()[1] == f"report {store.uri('all/report/index.html')}"
+    page = Page(found["report/index.html"].decode())
+    assert (page.fetched, page.open, len(page.images)) == ([], [], 6)
+    judged = [json.loads(data)["checkpoint"]["step"] for name, data in sorted(found.items())
+              if re.fullmatch(r"evaluate/unguided-step-\d+/metrics.json", name)]
+    assert judged == [0, 10, 20]
+    assert not [name for name in found if "?" in name or ".tmp-" in name or name.endswith("lock.json")]
+    before = store.times("all")
+    assert harness.run_here(command) == last
+    assert store.times("all") == before, "a finished job changes nothing"
 
 
 @pytest.mark.slow

@@ -320,10 +320,13 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(folder, tmp_path, ca
 def test_old_checkpoints_are_pruned_and_leftovers_cleared(folder, tmp_path):
     leftover = tmp_path / "checkpoints" / "step-00000005.tmp-123"
     leftover.mkdir(parents=True)
+    link = tmp_path / "checkpoints" / "step-last"  # somebody's
+    link.symlink_to("step-00000020")
     run(tiny_training(folder, tmp_path, checkpoint_every_steps=4, keep_last=2, keep_every_steps=8))
     names = [uri.rpartition("-")[2] for uri in checkpoints.list_finished(str(tmp_path))]
     assert names == ["00000000", "00000008", "00000016", "00000020"]
     assert not leftover.exists()
+    assert link.is_symlink()
 
 
 def test_a_run_that_lost_its_folder_stops_before_it_writes(folder, tmp_path):
