@@ -4,7 +4,7 @@ kilobyte may unpack to gigabytes.
 Not a reader of pictures, nor of latents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -38,14 +38,23 @@ def write(uri: str, table: pa.Table, **options: Any) -> None:
 def read(uri: str) -> pa.Table:
     """A whole Parquet file. Raises FileNotFoundError, and ValueError as `open_file` and for one that unpacks to too much."""
     data = storage.read_bytes(uri)
-    file, most, batches = _opened(uri, data), BATCH_BYTES + MAX_UNPACKED * len(data), []
-    for k in range(file.num_row_groups):
+    file = _opened(uri, data)
+    try:
+        return read_groups(file, len(data), range(file.num_row_groups))
+    except Refused as error:
+        raise Refused(f"{uri}: {error}") from error
+
+
+def read_groups(file: pq.ParquetFile, num_bytes: int, groups: Iterable[int]) -> pa.Table:
+    """Row groups of an open file of `num_bytes`. Raises Refused where they unpack to more than MAX_UNPACKED times that."""
+    most, batches = BATCH_BYTES + MAX_UNPACKED * num_bytes, []
+    for k in groups:
         group = file.metadata.row_group(k)
         size = max((group.column(i).total_uncompressed_size for i in range(group.num_columns)), default=1)
         for batch in file.iter_batches(max(BATCH_BYTES // size, 1), row_groups=[k]):
             most -= batch.nbytes
             if most < 0:
-                raise Refused(f"{uri}: unpacks to more than {MAX_UNPACKED} times its size: not read")
+                raise Refused(f"unpacks to more than {MAX_UNPACKED} times its size: not read")
             batches.append(batch)
     return pa.Table.from_batches(batches, file.schema_arrow)
 

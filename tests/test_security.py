@@ -24,10 +24,11 @@ MAY_PICKLE = {"mdt_ray/jobs/fanout.py"}
 FORBIDDEN = re.compile(r"""
     (eval|exec|__import__|builtins\..*)$ | os\.(system|popen)$ | subprocess\.(getoutput|getstatusoutput)$ | .*\bread_pickle$
     | (np|numpy)\.fromfile$ | torch\.(jit|package)\. | torch\.hub\.load$ | (.*\.)?(cloudpickle|pickle)\b
-    | (.*\.)?ExperimentAnalysis$ | (.*\.)?(Tuner|\w*Trainer)\.(can_)?restore$
+    | (.*\.)?ExperimentAnalysis$ | (.*\.)?(Tuner|\w*Trainer|\w*[sS]earch\w*)\.(can_)?restore$ | .*\.restore_from_dir$
+    | (.*\.)?tune\.run$
 """, re.VERBOSE)
 """Calls, by their full name."""
-LOAD = re.compile(r"(np|numpy|torch)(\.[\w.]+)?\.load$")
+LOAD = re.compile(r"(np|numpy|torch)(\.[\w.]+)?\.(load|read_array)$")
 
 
 def full_names(tree: ast.AST) -> dict[str, str]:
@@ -45,16 +46,22 @@ def problems(source: str) -> list[str]:
     """Why a file could run what it reads."""
     found, tree = [], ast.parse(source)
     names = full_names(tree)
+
+    def full(node: ast.expr) -> str:
+        first, dot, rest = ast.unparse(node).partition(".")
+        return names.get(first, first) + dot + rest
+
+    called = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Call) for part in ast.walk(node.func)}
     for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute) and id(node) not in called:
+            found += [f"hands on {name}" for name in [full(node)] if LOAD.match(name) or FORBIDDEN.match(name)]
         if isinstance(node, ast.Import):
             found += [f"imports {a.name}" for a in node.names if UNSAFE & set(a.name.split("."))]
         elif isinstance(node, ast.ImportFrom):
             found += [f"imports {a.name} from {node.module}" for a in node.names
                       if UNSAFE & {*(node.module or "").split("."), a.name}]
         elif isinstance(node, ast.Call):
-            called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-            first, dot, rest = called.partition(".")
-            name = names.get(first, first) + dot + rest
+            name, given = full(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
             words = {a.value for a in node.args if isinstance(a, ast.Constant)}
             if FORBIDDEN.match(name):
                 found.append(f"calls {name}")
@@ -63,7 +70,7 @@ def problems(source: str) -> list[str]:
             loads = LOAD.match(name)
             if loads and loads[1] == "torch" and given.get("weights_only") != "True":
                 found.append("torch.load without weights_only=True")
-            is_positional = loads and loads[1] != "torch" and len(node.args) > 1
+            is_positional = loads and loads[1] != "torch" and (len(node.args) > 1 or None in given)  # or by **
             if is_positional or given.get("allow_pickle", "False") != "False":
                 found.append(f"{name} with allow_pickle")
             if given.get("use_safetensors", "True") != "True":
@@ -93,7 +100,9 @@ def test_nothing_that_is_read_is_run(path):
     "torch.serialization.load(f)", "import pandas as p\np.read_pickle(f)", "from os import system\nsystem(text)",
     "from subprocess import getoutput as g\ng(t)", "AutoencoderKL.from_pretrained(f, use_safetensors=False)",
     "from ray.tune import Tuner as T\nT.restore(p)", "load(f, trust_remote_code=True)",
-    "DiffusionPipeline.from_pretrained(f, custom_pipeline=name)"])
+    "DiffusionPipeline.from_pretrained(f, custom_pipeline=name)", "map(torch.load, files)", "read = torch.load\nread(f)",
+    "from numpy import load\nmap(load, files)", "np.load(f, **settings)", "np.lib.format.read_array(f, True)",
+    "map(eval, texts)", "ray.tune.run(f, resume=True)", "optuna_search.restore(f)", "found.restore_from_dir(f)"])
 def test_the_search_finds_what_it_is_for(bad):
     assert problems(bad)
 
@@ -198,3 +207,27 @@ def test_a_table_that_unpacks_to_much_is_not_read(tmp_path):
     assert tables.read(str(path)) == table
     tables.write(str(path), table[:0])
     assert tables.read(str(path)) == table[:0]
+
+
+def plan(uri: str, names: list[str]) -> None:
+    count = len(names)
+    rows = pa.table([[f"{i}" for i in range(count)], [0] * count, names, [0] * count, [0] * count], schema=listings.LISTING)
+    listings.write_parts(uri, listings.Listing(rows, ["a"]), [range(count)])
+
+
+@pytest.mark.parametrize("name", ["/etc/a.png", "../a.png", "a/../../b.png", ".."])
+def test_a_plan_names_files_of_its_source_only(tmp_path, name):
+    uri = str(tmp_path / "plan.parquet")
+    plan(uri, ["a/..b/c...png", "b.png"])
+    assert listings.read_parts(uri)[0].num_rows == 2
+    plan(uri, ["a.png", name])
+    with pytest.raises(ValueError, match=r"plan.parquet: damaged \(names files outside the source\)"):
+        listings.read_parts(uri, [0])
+
+
+def test_a_plan_that_unpacks_to_much_is_not_read(tmp_path):
+    uri = str(tmp_path / "plan.parquet")
+    plan(uri, ["a" * 2**16] * 2000)
+    assert (tmp_path / "plan.parquet").stat().st_size < 8192
+    with pytest.raises(ValueError, match=r"plan.parquet: damaged \(unpacks to more than 1000 times its size: not read\)"):
+        listings.read_parts(uri, [0])

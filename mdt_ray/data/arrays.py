@@ -20,6 +20,8 @@ from mdt_ray.data import npz as npz_files
 from mdt_ray.data.images import MAX_PIXELS
 
 PICTURES, LABELS = "arr_0", "arr_1"
+MAX_PICTURES = 10**7
+"""In a file, whose labels are read whole: a kilobyte may say that it holds any number."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """Zip's first moment, of all members written: equal arrays give equal bytes."""
 
@@ -70,8 +72,9 @@ def _check_pictures(uri: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         remedy = "save levels of 0..255 with .astype(np.uint8)"
     elif len(shape) == 4 and shape[1] == 3 != shape[3]:
         remedy = "colours go last: save .transpose(0, 2, 3, 1)"
-    elif len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or shape[1] * shape[2] > MAX_PIXELS:
-        remedy = f"save RGB pictures of one size, one or more, of at most {MAX_PIXELS} pixels"
+    elif (len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or shape[0] > MAX_PICTURES
+          or shape[1] * shape[2] > MAX_PIXELS):
+        remedy = f"save RGB pictures of one size, one to {MAX_PICTURES}, of at most {MAX_PIXELS} pixels"
     if remedy:
         raise ValueError(f"{uri}: {PICTURES} is {dtype} {shape}, but pictures are uint8 (N, H, W, 3); {remedy}")
 

@@ -27,6 +27,8 @@ from mdt_ray.data.sources import IMAGE_SUFFIXES, Source
 logger = logging.getLogger(__name__)
 PLAN = "plan.parquet"
 """The listing of a `precompute`, a row group for each chunk."""
+OUTSIDE = r"^/|(^|/)\.\.(/|$)"
+"""What no name of a file below a folder has."""
 FILE_COLUMNS, LABEL_COLUMNS = ("file", "file_name", "filename", "path", "image", "id"), ("label", "class", "cls")
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test"])
 SCAN_THREADS = 16
@@ -246,8 +248,10 @@ def read_parts(uri: str, parts: Sequence[int] | None = None) -> tuple[pa.Table, 
     def read() -> tuple[pa.Table, list[int], list[str]]:
         with fs.open_input_file(path) as handle:
             file = tables.open_handle(handle)
-            rows = file.read() if parts is None else file.read_row_groups(list(parts))
+            rows = tables.read_groups(file, handle.size(), range(file.num_row_groups) if parts is None else parts)
             sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+            if pc.any(pc.match_substring_regex(rows["file"], OUTSIDE)).as_py():
+                raise ValueError("names files outside the source")
             return rows, sizes, json.loads(file.schema_arrow.metadata[b"mdt_ray.class_names"])
 
     try:

@@ -104,8 +104,8 @@ def read_range(handed: dict[str, Any], start: int, stop: int, chunk_size: int, i
         npz = arrays.open_npz(handed["npz"])
         return arrays.read_images(npz, start, stop), arrays.read_labels(npz)[start:stop], 0
     rows, _, _ = listings.read_parts(handed["listing"], [start // chunk_size])
-    piece = readers.read_few(handed["folder"], handed["kind"], rows.slice(0, stop - start))
-    found = images.decode_piece(piece, image_size, exact=exact)
+    pieces = readers.read_pieces(handed["folder"], handed["kind"], rows.slice(0, stop - start), stop - start)
+    found = images.Pixels.joined([images.decode_piece(piece, image_size, exact=exact) for piece in pieces])
     if exact and found.rejected:
         first = found.rejected[0]
         raise ValueError(f"{storage.join(handed['folder'], first['id'])}: {first['reason']}; mend or remove it")

@@ -25,6 +25,10 @@ STREAM_BYTES = 8 * 2**20
 1,024 rows where pyarrow wrote it."""
 MAX_PICTURE_BYTES = 64 * 2**20
 """Of a picture in Parquet. What is larger counts as unreadable: a file of a thousandth of that may unpack to it."""
+ROWS_AT_ONCE = 4
+"""Of Parquet: so many such pictures are in memory before their sizes are known."""
+PIECE_BYTES = 2**28
+"""After which a piece from Parquet ends, however few its images are."""
 RETRY_SECONDS = (1.0, 5.0)
 """Waits before a failed read is tried again."""
 
@@ -47,7 +51,7 @@ class Piece:
 
 
 def read_pieces(folder: str, kind: str, rows: pa.Table, piece_size: int) -> Iterator[Piece]:
-    """The images of a listing's rows, `piece_size` at a time.
+    """The images of a listing's rows, `piece_size` at a time, or fewer where those of a Parquet file are large.
 
     Args:
         folder, kind: of the Source.
@@ -57,14 +61,18 @@ def read_pieces(folder: str, kind: str, rows: pa.Table, piece_size: int) -> Iter
     started = time.perf_counter()
     start = 0
     for data in _READERS[kind](folder, rows, piece_size):
-        part = rows.slice(start, piece_size)
+        part = rows.slice(start, len(data))
         yield Piece(part["id"].to_pylist(), part["label"].to_pylist(), data, time.perf_counter() - started)
-        start, started = start + piece_size, time.perf_counter()
+        start, started = start + len(data), time.perf_counter()
 
 
 def read_few(folder: str, kind: str, rows: pa.Table) -> Piece:
-    """The images of a few rows, all at once; see `read_pieces`."""
-    return next(read_pieces(folder, kind, rows, rows.num_rows))
+    """The images of a few rows, all at once; see `read_pieces`. Raises ValueError for more than PIECE_BYTES of Parquet."""
+    piece = next(read_pieces(folder, kind, rows, rows.num_rows))
+    if len(piece.ids) < rows.num_rows:
+        raise ValueError(f"{folder}: {rows.num_rows} pictures from {piece.ids[0]!r} on are more than {PIECE_BYTES} bytes; "
+                         "make them smaller")
+    return piece
 
 
 def _read_pictures(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
@@ -112,24 +120,21 @@ def _read_ranges(folder: str, name: str, starts: np.ndarray, stops: np.ndarray) 
 
 def _read_parquet(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
     """Rows in file order, read in slices, however large their row groups are."""
-    waiting: list[pa.Array] = []
-    for data in _parquet_slices(folder, rows, piece_size):
-        waiting.append(data)
-        while sum(map(len, waiting)) >= piece_size:
-            joined = pa.concat_arrays(waiting)
-            yield _compact(joined.slice(0, piece_size))
-            waiting = [joined.slice(piece_size)]
-    if sum(map(len, waiting)):
-        yield _compact(pa.concat_arrays(waiting))
+    waiting: list[bytes | None] = []
+    num_bytes = 0
+    for data in _parquet_slices(folder, rows):
+        for picture in data:
+            waiting.append(picture)
+            num_bytes += len(picture or b"")
+            if len(waiting) == piece_size or num_bytes >= PIECE_BYTES:
+                yield pa.array(waiting, pa.large_binary())
+                waiting, num_bytes = [], 0
+    if waiting:
+        yield pa.array(waiting, pa.large_binary())
 
 
-def _compact(array: pa.Array) -> pa.Array:
-    """A copy that holds on to no larger buffer (one that is pickled goes with the whole of it)."""
-    return pa.array(array.to_pylist(), pa.large_binary())
-
-
-def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array]:
-    """Image bytes of the listed rows, in slices of at most about `size`."""
+def _parquet_slices(folder: str, rows: pa.Table) -> Iterator[list[bytes | None]]:
+    """Image bytes of the listed rows, a few rows at a time."""
     files, numbers = rows["file"].to_numpy(zero_copy_only=False), rows["offset"].to_numpy()
     for run in np.split(np.arange(len(files)), np.flatnonzero((files[1:] != files[:-1]) | (np.diff(numbers) != 1)) + 1):
         if not len(run):
@@ -141,7 +146,7 @@ def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array
             try:
                 with fs.open_input_file(path) as handle:
                     file = tables.open_handle(handle, buffer_size=STREAM_BYTES, pre_buffer=False)
-                    for part in _row_range(file, first, stop, size):
+                    for part in _row_range(file, first, stop):
                         first += len(part)
                         yield part
                 break
@@ -152,13 +157,13 @@ def _parquet_slices(folder: str, rows: pa.Table, size: int) -> Iterator[pa.Array
                 time.sleep(waits.pop(0))
 
 
-def _row_range(file: pq.ParquetFile, first: int, stop: int, size: int) -> Iterator[pa.Array]:
+def _row_range(file: pq.ParquetFile, first: int, stop: int) -> Iterator[list[bytes | None]]:
     ends = np.cumsum([file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)])
     groups = list(range(int(ends.searchsorted(first, side="right")), int(ends.searchsorted(stop)) + 1))
     at = int(ends[groups[0] - 1]) if groups[0] else 0
     column = "image.bytes" if pa.types.is_struct(file.schema_arrow.field("image").type) else "image"
-    if any(_has_dictionary(file, group, column) for group in groups):
-        size = 1  # rows may repeat one picture for next to no bytes, and would all be unpacked together
+    # (Where rows repeat one picture for next to no bytes, all of a batch would be unpacked together.)
+    size = 1 if any(_has_dictionary(file, group, column) for group in groups) else ROWS_AT_ONCE
     for batch in file.iter_batches(size, row_groups=groups, columns=[column]):
         images = batch.column(0)
         images = images.field("bytes") if pa.types.is_struct(images.type) else images
@@ -167,7 +172,7 @@ def _row_range(file: pq.ParquetFile, first: int, stop: int, size: int) -> Iterat
             part = images.slice(low, high - low).cast(pa.large_binary())
             if part.nbytes > MAX_PICTURE_BYTES:  # else none of them is
                 part = pc.if_else(pc.greater(pc.binary_length(part), MAX_PICTURE_BYTES), b"", part)
-            yield part
+            yield part.to_pylist()
         at += len(images)
         if at >= stop:
             return

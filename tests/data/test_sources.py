@@ -389,6 +389,26 @@ def test_pictures_that_unpack_to_more_than_any_picture_are_rejected(tmp_path, mo
     assert max(peaks) < 100 * 2**20
 
 
+def test_pictures_that_unpack_to_much_together_come_in_smaller_pieces(tmp_path, monkeypatch):
+    """Each of them may be as large as this, but a file of some kilobytes has 200."""
+    monkeypatch.setattr(readers, "PIECE_BYTES", 8 * 2**20)
+    large = [bytes([i]) * (3 * 2**20) for i in range(200)]
+    path = write_parquet(tmp_path / "bomb.parquet", [(data, 0) for data in large], row_group_size=1000, compression="zstd",
+                         use_dictionary=False)
+    assert path.stat().st_size < 2**20
+    source = sources.open_source(str(tmp_path))
+    rows = listings.list_images(source).table
+    at = 0
+    for piece in readers.read_pieces(source.folder, source.kind, rows, 100):
+        assert piece.ids == rows["id"].to_pylist()[at:at + len(piece.ids)]
+        assert piece.data.to_pylist() == large[at:at + len(piece.ids)]
+        assert piece.data.nbytes < 12 * 2**20
+        at += len(piece.ids)
+    assert at == 200
+    with pytest.raises(ValueError, match=r"5 pictures from .* on are more than 8388608 bytes; make them smaller"):
+        readers.read_few(source.folder, source.kind, rows.slice(10, 5))
+
+
 @pytest.mark.parametrize("compact", [True, False])
 def test_texts_that_unpack_to_gigabytes_are_refused(tmp_path, compact):
     """In a dictionary, which is unpacked once here, or one by one, of which the file's index tells the size."""
