@@ -58,11 +58,12 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.images, self.fetched, self.headings, self.open, self.text = [], [], [], [], []
+        self.images, self.fetched, self.headings, self.open, self.text, self.tags = [], [], [], [], [], set()
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
+        self.tags |= {tag, *(name for name in attributes if name.startswith("on"))}
         if tag == "img":
             self.images.append(attributes)
         self.fetched += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:")]

@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from typing import Any
 
 from mdt_ray import checkpoints, storage
@@ -72,7 +73,7 @@ def _training(checkpoint: str, facts: dict[str, Any], config: dict[str, Any]) ->
 
 def _origin(origin: dict[str, Any]) -> str:
     notes = "".join(f"- {_line(note)}\n" for note in origin["notes"])
-    file, layout, sha256 = (_line(origin[name]) for name in ("file", "layout", "sha256"))
+    file, layout, sha256 = _code(origin["file"]), _line(origin["layout"]), _line(origin["sha256"])
     return f"Converted from `{file}` (layout {layout}, sha256 {sha256}).\n\n{notes}\n"
 
 
@@ -82,5 +83,11 @@ def _table(title: str, rows: dict[str, Any]) -> str:
 
 
 def _line(value: Any) -> str:
-    """A value from a checkpoint, which may be anybody's, as text of one line that is no markup."""
-    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|").replace("`", "'")
+    """A value from a checkpoint, which may be anybody's, as text of one line that is no markup: no HTML, no picture, no link
+    that says it is another, no cell of a table."""
+    return re.sub(r"[\\|!\[\]]", r"\\\g<0>", html.escape(_code(value), quote=False))
+
+
+def _code(value: Any) -> str:
+    """The same for between backticks."""
+    return " ".join(str(value).split()).replace("`", "'")

@@ -41,7 +41,7 @@ def is_current(uri: str, inputs: str) -> bool:
 
 
 def _mark(inputs: str) -> str:
-    return f'<meta name="inputs" content="{inputs}">'
+    return f'<meta name="inputs" content="{text(inputs)}">'
 
 
 def headline(title: str, note: str, cards: list[tuple[str, str]]) -> str:

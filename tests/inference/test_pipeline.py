@@ -72,8 +72,9 @@ def test_the_card_tells_the_run(pipe):
 def test_the_card_of_a_strangers_checkpoint_is_no_markup():
     rows = card._table("Model", {"vae": "x |\n<script>alert(1)</script> `rm`", "a": 1})
     assert rows == "## Model\n\n| | |\n|---|---|\n| vae | x \\| &lt;script&gt;alert(1)&lt;/script&gt; 'rm' |\n| a | 1 |\n\n"
-    text = card._origin({"file": "a`\n# b", "layout": "dit", "sha256": "0", "notes": ["one\ntwo"]})
-    assert text == "Converted from `a' # b` (layout dit, sha256 0).\n\n- one two\n\n"
+    text = card._origin({"file": "a`\n# b[0]", "layout": "dit", "sha256": "0", "notes": ["one\ntwo"]})
+    assert text == "Converted from `a' # b[0]` (layout dit, sha256 0).\n\n- one two\n\n"
+    assert card._line("![a](https://b) [c](d) \\") == r"\!\[a\](https://b) \[c\](d) \\"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mdt_ray.report import figures, sweep
+from mdt_ray.report import figures, html, sweep
 from mdt_ray.tuning import compare
 from tests.helpers import Page
 
@@ -129,3 +129,35 @@ def test_what_did_not_finish_is_told(tmp_path, status):
     assert "asha: its val_loss was among the worse at step 300" in text
     assert "3 trials are left: time." in text
     assert f"1 {'ended early' if status == 'stopped' else 'failed'}, 3 left" in text
+
+
+HOSTILE = """x'"><script src="//evil">1</script><img onerror=1>"""
+DRAWN = "<b>$\\frac{$"
+
+
+def test_every_string_of_a_sweep_is_shown_as_it_is(tmp_path):
+    """Search spaces, reasons and settings may be anybody's. Some are drawn by matplotlib, which has a markup of its own."""
+    points = [{DRAWN: f"{DRAWN}{i}", "loss.mask_ratio": ratio} for i in range(2) for ratio in (0.3, 0.5)]
+    found = results([trial(point, seed, 10.0 + i) for i, point in enumerate(points) for seed in range(2)] + [
+        trial(points[0], 2, 11.0, status="failed") | {"reason": HOSTILE},
+        trial(points[0], 3, 11.0, status="stopped") | {"reason": HOSTILE}],
+        about=HOSTILE, paper=HOSTILE, left=1, left_because=HOSTILE)
+    uri = sweep.write(str(tmp_path / HOSTILE.replace("/", "|")), found, HOSTILE, [HOSTILE],
+                      pictures=lambda name: np.zeros((3, 32, 32, 3), np.uint8))
+    shown = Page(Path(uri).read_text())
+    assert (shown.fetched, shown.open) == ([], [])
+    assert shown.tags == {"html", "head", "meta", "title", "style", "body", "main", "h1", "p", "div", "b", "span", "section",
+                          "h2", "table", "thead", "tbody", "tr", "th", "td", "img", "pre", "details", "summary"}
+    assert " ".join(shown.text).count(HOSTILE) > 6
+
+
+def test_every_piece_of_a_page_escapes(tmp_path):
+    pieces = [html.headline(HOSTILE, "", [(HOSTILE, HOSTILE)]), html.section(HOSTILE, HOSTILE, ""),
+              html.table([HOSTILE], [[HOSTILE]]), html.img(b"", HOSTILE)]
+    html.write_page(str(tmp_path / "page.html"), HOSTILE, "".join(pieces), inputs=HOSTILE)
+    text = (tmp_path / "page.html").read_text()
+    shown = Page(text)
+    assert not shown.tags & {"script", "onerror"}
+    assert [image["alt"] for image in shown.images] == [HOSTILE]
+    assert len([part for part in shown.text if part == HOSTILE]) == 8
+    assert html.is_current(str(tmp_path / "page.html"), HOSTILE)
