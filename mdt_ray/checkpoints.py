@@ -72,6 +72,18 @@ def damage(uri: str) -> str | None:
     return None
 
 
+def check_part(uri: str, part: str, folder: Path) -> None:
+    """Raise ValueError if files of a part of a checkpoint (such as `ema`), fetched to `folder`, are not what its checksums
+    say. What has none, such as a pipeline from a hub, is taken as it is."""
+    sums_uri = storage.join(uri, CHECKSUMS)
+    sums = storage.read_json(sums_uri) if storage.exists(sums_uri) else {}
+    for name in (name for name in sums if name.startswith(f"{part}/")):
+        file = folder / name.removeprefix(f"{part}/")
+        if not file.is_file() or storage.sha256(file.read_bytes()) != sums[name]:
+            raise ValueError(f"checkpoint {uri}: {name} does not have its checksum; bring it back, or take another "
+                             "checkpoint")
+
+
 def latest(output: str) -> str | None:
     """The newest undamaged checkpoint of a training output, or None. A damaged one is passed over with a warning.
 

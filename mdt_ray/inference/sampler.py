@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from mdt_ray import storage
+from mdt_ray import checkpoints, storage
 from mdt_ray.config import SamplingConfig, VaeConfig
 from mdt_ray.data.vae import Vae, load_vae
 from mdt_ray.diffusion.guidance import Denoiser, guided
@@ -33,13 +33,14 @@ def check_weights(checkpoint: str, weights: str) -> None:
 def load_model(checkpoint: str, weights: str) -> MDT | DiT:
     """Weights of a checkpoint folder (URI), in evaluation mode: `ema`, the raw `model`, or a further average by its name.
 
-    Raises ValueError as `check_weights`.
+    Raises ValueError as `check_weights`, and for files that are not what the checkpoint's checksums say.
     """
     from mdt_ray.models import CLASSES  # imports diffusers, which takes seconds: not where a checkpoint is only named
 
     check_weights(checkpoint, weights)
     with tempfile.TemporaryDirectory() as parent:
         folder = storage.fetch_folder(storage.join(checkpoint, weights), parent)
+        checkpoints.check_part(checkpoint, weights, folder)
         name = storage.read_json(str(folder / "config.json"))["_class_name"]
         return CLASSES[name].from_pretrained(folder, low_cpu_mem_usage=False).eval().requires_grad_(False)
 

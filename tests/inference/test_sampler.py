@@ -233,3 +233,15 @@ def test_kept_images_come_in_index_order(checkpoint, tmp_path):
     assert pictures.shape == (25, 32, 32, 3)
     assert np.array_equal(labels, labels_of(0, 25, 10, "random", 0).numpy())
     assert len(chunks.kept_images(uris, 99)[0]) == 30
+
+
+def test_a_damaged_checkpoint_that_was_named_is_refused(checkpoint, tmp_path):
+    """Nothing else would notice: the file is a whole one of safetensors."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "ema" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    load_model(str(tmp_path), "model")
+    with pytest.raises(ValueError, match=r"checkpoint .*: ema/diffusion_pytorch_model\.\w+ does not have its checksum"):
+        load_model(str(tmp_path), "ema")
