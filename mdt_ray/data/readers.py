@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from mdt_ray import storage, tables
@@ -29,8 +30,6 @@ ROWS_AT_ONCE = 4
 """Of Parquet: so many such pictures are in memory before their sizes are known."""
 PIECE_BYTES = 2**28
 """After which a piece from Parquet ends, however few its images are."""
-RETRY_SECONDS = (1.0, 5.0)
-"""Waits before a failed read is tried again."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _read_pictures(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.
         names = rows["file"].to_pylist()
         for start in range(0, len(names), piece_size):
             part = names[start:start + piece_size]
-            yield pa.array(pool.map(lambda n: _persist(n, folder, lambda: read(n)), part), pa.large_binary())
+            yield pa.array(pool.map(lambda n: _persist(fs, n, folder, lambda: read(n)), part), pa.large_binary())
 
 
 def _read_tars(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
@@ -109,7 +108,7 @@ def _read_ranges(folder: str, name: str, starts: np.ndarray, stops: np.ndarray) 
             return handle.read_at(stop - start, start)
 
     def persist(start: int, stop: int) -> bytes:
-        return _persist(name, folder, lambda: read(start, stop))
+        return _persist(fs, name, folder, lambda: read(start, stop))
 
     first, last = int(starts.min()), int(stops.max())
     if last - first <= 2 * (stops - starts).sum() + DENSE_BYTES:
@@ -186,15 +185,11 @@ def _has_dictionary(file: pq.ParquetFile, group: int, column: str) -> bool:
 _READERS = {"pictures": _read_pictures, "parquet": _read_parquet, "tar": _read_tars}
 
 
-def _persist(name: str, folder: str, read: Callable[[], bytes]) -> bytes:
-    """`read()`, tried again after a fault of the store or the network. Raises ValueError naming the file."""
-    waits = list(RETRY_SECONDS)
-    while True:
-        try:
-            return read()
-        except OSError as error:
-            if isinstance(error, FileNotFoundError | PermissionError) or not waits:
-                remedy = "it was there when the source was listed: put it back, or use a new output folder" \
-                    if isinstance(error, FileNotFoundError) else "mend the access and run the same command again"
-                raise ValueError(f"{storage.join(folder, name)}: cannot be read ({error}); {remedy}") from error
-        time.sleep(waits.pop(0))
+def _persist(fs: pafs.FileSystem, name: str, folder: str, read: Callable[[], bytes]) -> bytes:
+    """`read()`, with patience. Raises ValueError naming the file."""
+    try:
+        return storage.patiently(fs, read)
+    except OSError as error:
+        remedy = "it was there when the source was listed: put it back, or use a new output folder" \
+            if isinstance(error, FileNotFoundError) else "mend the access and run the same command again"
+        raise ValueError(f"{storage.join(folder, name)}: cannot be read ({error}); {remedy}") from error

@@ -463,3 +463,23 @@ def test_parquet_and_listings_are_read_on_when_a_store_answers_again(tmp_path, m
         assert found == pictures
         with line.cut(8.0):
             assert listings.read_parts(line.uri("plan"))[0].num_rows == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_pictures_and_tars_are_read_on_when_a_store_answers_again(tmp_path, monkeypatch, kind):
+    s3.give_keys(monkeypatch)
+    pictures = [os.urandom(300_000) for _ in range(30)]
+    if kind == "folder":
+        write_folder(tmp_path / "p", [(f"a/{i:02d}.png", data) for i, data in enumerate(pictures)])
+    else:
+        write_tar(tmp_path / "p" / "a.tar", [m for i, data in enumerate(pictures) for m in sample(f"{i:02d}", data, 0)])
+    with s3.serve() as store, s3.forwarded(store) as line:
+        store.upload(tmp_path / "p", "p")
+        source = sources.open_source(line.uri("p"))
+        pieces, found = readers.read_pieces(source.folder, source.kind, listings.list_images(source).table, 4), []
+        found += next(pieces).data.to_pylist()
+        with line.cut(20.0):
+            for piece in pieces:
+                found += piece.data.to_pylist()
+    assert found == pictures
