@@ -28,6 +28,8 @@ PART_BYTES = 16 * 2**20
 """Of a local file that are in memory at once while it goes to an object store, or comes from there."""
 PUT_BYTES = 8 * 2**20
 """Up to here an object goes to S3 in one request, which the store takes whole or not at all. (Arrow does so below 10 MB.)"""
+REPLACED_SECONDS = (0.1, 1.0)
+"""Waits before what makes no sense is read again."""
 RETRY_SECONDS = (1.0, 5.0, 20.0)
 """Waited before a store is asked again."""
 REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_UPLOAD")
@@ -116,6 +118,20 @@ def read_bytes(uri: str) -> bytes:
     return patiently(fs, read)
 
 
+def parsed(uri: str, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of the whole file. Raises FileNotFoundError, and what `parse` raises.
+
+    From a store, another try or two follow a ValueError: of an object that is replaced by a longer or shorter one between
+    the two requests that reading takes, pyarrow returns as many bytes as it had before, the last ones remains of memory.
+    """
+    for pause in () if is_local(uri) else REPLACED_SECONDS:
+        try:
+            return parse(read_bytes(uri))
+        except ValueError:
+            time.sleep(pause)
+    return parse(read_bytes(uri))
+
+
 def patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
     """What `call` returns; from a store that does not answer, or breaks off, also after some time. (The SDKs' own patience
     is a few seconds where connections are refused.)"""
@@ -139,9 +155,8 @@ def waits(fs: pafs.FileSystem) -> tuple[float, ...]:
 
 def read_json(uri: str) -> Any:
     """Parsed JSON. Raises FileNotFoundError, or ValueError naming a damaged file."""
-    data = read_bytes(uri)
     try:
-        return json.loads(data)
+        return parsed(uri, json.loads)
     except ValueError as error:
         raise ValueError(f"{uri}: damaged JSON ({error}); delete it and run the same command again") from error
 

@@ -4,8 +4,8 @@ kilobyte may unpack to gigabytes.
 Not a reader of pictures, nor of latents.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from mdt_ray import storage
 
+T = TypeVar("T")
 MAX_TEXT_BYTES = 4096
 """Of a label or a path."""
 NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
@@ -37,12 +38,11 @@ def write(uri: str, table: pa.Table, **options: Any) -> None:
 
 def read(uri: str) -> pa.Table:
     """A whole Parquet file. Raises FileNotFoundError, and ValueError as `open_file` and for one that unpacks to too much."""
-    data = storage.read_bytes(uri)
-    file = _opened(uri, data)
-    try:
+    def parse(data: bytes) -> pa.Table:
+        file = open_handle(pa.BufferReader(data))
         return read_groups(file, len(data), range(file.num_row_groups))
-    except Refused as error:
-        raise Refused(f"{uri}: {error}") from error
+
+    return _parsed(uri, parse)
 
 
 def read_groups(file: pq.ParquetFile, num_bytes: int, groups: Iterable[int]) -> pa.Table:
@@ -61,14 +61,14 @@ def read_groups(file: pq.ParquetFile, num_bytes: int, groups: Iterable[int]) -> 
 
 def open_file(uri: str) -> pq.ParquetFile:
     """A small Parquet file, fetched whole. Raises FileNotFoundError, and ValueError naming what is none or is refused."""
-    return _opened(uri, storage.read_bytes(uri))
+    return _parsed(uri, lambda data: open_handle(pa.BufferReader(data)))
 
 
-def _opened(uri: str, data: bytes) -> pq.ParquetFile:
+def _parsed(uri: str, parse: Callable[[bytes], T]) -> T:
     try:
-        return open_handle(pa.BufferReader(data))
+        return storage.parsed(uri, parse)
     except ValueError as error:
-        raise ValueError(f"{uri}: {error}") from error
+        raise (Refused if isinstance(error, Refused) else ValueError)(f"{uri}: {error}") from error
 
 
 def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:

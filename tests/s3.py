@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -78,6 +78,8 @@ class Line(Store):
         self.writers: set[asyncio.StreamWriter] = set()
         self.requests: list[str] = []
         """Method and path of those that came over it."""
+        self.before: Callable[[str], object] = lambda request: None
+        """Called with each before it is passed on, and nothing else passes meanwhile."""
         self.port = 0
         self.mend()
         super().__init__(f"http://{host}:{self.port}")
@@ -134,6 +136,7 @@ class Line(Store):
             while data := await reader.read(65536):
                 if request := re.match(rb"([A-Z]+ \S+) HTTP/1.1\r\n", data):
                     self.requests.append(request[1].decode())
+                    self.before(self.requests[-1])
                 await asyncio.sleep(self.seconds)
                 writer.write(data)
                 await writer.drain()

@@ -2,14 +2,19 @@
 
 import collections
 import errno
+import io
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors import SafetensorError
 
-from mdt_ray import storage
+from mdt_ray import storage, tables
 from tests import s3
 
 
@@ -170,6 +175,28 @@ def test_a_store_that_refuses_for_a_while_loses_nothing(monkeypatch):
         with line.cut(7.0):
             storage.write_bytes(line.uri("a/lock.json"), b"new")
         assert store.objects("a") == {"lock.json": b"new"}
+
+
+@pytest.mark.parametrize("size", [1, 50])
+def test_an_object_that_is_replaced_while_it_is_read_is_read_again(monkeypatch, size):
+    """Shorter or longer: pyarrow returns as many bytes as it had before, with remains of memory at the end."""
+    s3.give_keys(monkeypatch)
+    with s3.serve() as store, s3.forwarded(store) as line:
+        def check(name: str, first: bytes, second: bytes, read: Callable[[str], object], expected: object) -> None:
+            store.put(name, first)
+            line.before = lambda request: store.put(name, second) if request == f"GET /{s3.BUCKET}/{name}" else None
+            assert read(line.uri(name)) == expected
+
+        check("lock.json", json.dumps({"a": "x" * 20}).encode(), json.dumps({"a": "y" * size}).encode(), storage.read_json,
+              {"a": "y" * size})
+        first, second = (io.BytesIO(), io.BytesIO())
+        for count, file in ((20, first), (size, second)):
+            pq.write_table(pa.table({"a": range(count)}), file)
+        check("metrics.parquet", first.getvalue(), second.getvalue(), lambda uri: tables.read(uri)["a"].to_pylist(),
+              list(range(size)))
+        store.put("damaged.json", b"{")
+        with pytest.raises(ValueError, match=r"damaged.json.*: damaged JSON"):
+            storage.read_json(store.uri("damaged.json"))
 
 
 def test_a_folder_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
