@@ -3,8 +3,8 @@ undisturbed run.
 
     python -m tests.chaos.chaos [--runs 25] [--jobs precompute train tune evaluate] [--first 0] [--logs runs/chaos]
 
-Faults and moments follow from the number of the run alone. Where the fault ended the job, the same command is given again,
-as a person would. Prints a line a run, and as the last one JSON with the figures.
+The kind of fault, and after which share of the run it comes, follow from the number of the run alone. Where the fault ended
+the job, the same command is given again, as a person would. Prints a line a run, and as the last one JSON with the figures.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mdt_ray import storage
+from mdt_ray.data.sources import DIGITS
 from mdt_ray.training.meters import MACHINE_COLUMNS
 from tests.chaos.rig import Rig
 
@@ -40,6 +41,8 @@ RUN_SECONDS = 400.0
 """For a command to end, or what it started to be gone."""
 ATTEMPTS = 3
 """Commands, the first one included, until a job must be done."""
+TITLE_SECONDS = 3.0
+"""In which the process that is to be killed must show itself: some live for milliseconds only."""
 NUM_STEPS = 25
 """Of a training."""
 WORKERS = {"precompute": ("ray::MapWorker", "ray::decode_piece", "ray::read_chunk"),
@@ -60,6 +63,7 @@ class Outcome:
     job: str
     number: int
     fault: str
+    """Its kind, and what it struck."""
     moment: float
     """Seconds after the start."""
     commands: int
@@ -79,15 +83,17 @@ class Chaos:
         self.rig, self.logs = rig, logs
         self.seconds: dict[str, float] = {}
         self.expected: dict[str, dict[str, Any]] = {}
+        rig.store.put("source/digits.parquet", (DIGITS / "digits.parquet").read_bytes())
 
     def uri(self, path: str) -> str:
         return self.rig.store.uri(path)
 
     def command(self, job: str, output: str) -> list[str]:
-        """A small run of a job on the digits, with its output in the store."""
+        """A small run of a job on the digits, which are in the store, and so is the output."""
         latents, trained = self.uri("straight/precompute"), self.uri("straight/train")
         words = {
-            "precompute": ["--chunk-size", "60", "--encode-batch-size", "20", "--workers.num-workers", "2"],
+            "precompute": ["--source", self.uri("source"), "--chunk-size", "60", "--encode-batch-size", "20",
+                           "--workers.num-workers", "2"],
             "train": ["--latents", latents, "--num-steps", str(NUM_STEPS), "--checkpoint-every-steps", "5",
                       "--log-every-steps", "5", "--precision", "fp32", "--workers.num-workers", "2",
                       "--workers.cpus-per-worker", "1.5"],  # no two fit on one host
@@ -120,47 +126,64 @@ class Chaos:
             process, commands = self.rig.submit(*self.command(job, output)), 1
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(moment)
-            heal = self._strike(job, fault, draw, process)
-            if heal is not None:
+            title = WORKERS[job][number // len(faults) % len(WORKERS[job])]
+            struck = self._strike(job, fault, title, draw, process)
+            if struck is not None:
                 break
-            self.finish(f"{job}-{number}", process)
+            code, text = self.finish(f"{job}-{number}", process)
+            assert code == 0, text
+            assert not self.differences(job, output)
             self.seconds[job] = time.monotonic() - started  # over before, so it was an undisturbed run
             share *= 0.9
         else:
             raise AssertionError(f"{job} {number}: always ended before anything could be done to it")
+        victim, heal = struck
+        wrong: list[str] = []
         with self._progress(output) as recovery:
             heal()
             code, text = self.finish(f"{job}-{number}", process)
             while code != 0 and commands < ATTEMPTS:
                 print(f"  {time.monotonic() - started:.0f} s: exit code {code}: {_last_line(text)}", flush=True)
+                wrong += self.broken(job, output)  # before it can be mended
                 commands += 1
                 code, text = self.finish(f"{job}-{number}", self.rig.submit(*self.command(job, output)))
         lost = time.monotonic() - started - self.seconds[job]
-        wrong = [f"exit code {code}: {text[-500:]}"] if code else self.differences(job, output)
+        wrong += [f"exit code {code}: {text[-500:]}"] if code else self.differences(job, output)
         if commands > 1 and fault != "driver":
             wrong.append(f"{commands} commands")
-        return Outcome(job, number, fault, moment, commands, recovery[0] if recovery else None, lost,
-                       wrong + self.left_over(output))
+        return Outcome(job, number, victim, moment, commands, recovery[0] if recovery else None, lost,
+                       wrong + self.broken(job, output) + self.left_over(output))
 
-    def _strike(self, job: str, fault: str, draw: random.Random, process: subprocess.Popen) -> Callable[[], None] | None:
-        """Do it; returns what heals it, to be called some time later. None where the job ended before."""
-        rig, titles = self.rig, ([f"mdt_ray.cli {job}"] if fault == "driver" else WORKERS[job])
+    def _strike(self, job: str, fault: str, title: str, draw: random.Random,
+                process: subprocess.Popen) -> tuple[str, Callable[[], None]] | None:
+        """Do it; returns what was struck, and what heals it, to be called some time later. None where the job ended before.
+
+        Args:
+            title: of the process to kill, if there is one soon; else another one of the job's work.
+        """
+        rig, started = self.rig, time.monotonic()
         while process.poll() is None and fault in ("driver", "worker"):
+            titles = [f"mdt_ray.cli {job}"] if fault == "driver" else [title]
+            if fault == "worker" and time.monotonic() > started + TITLE_SECONDS:
+                titles = WORKERS[job]
             if found := rig.find(*titles):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    draw.choice(found).kill()
-                    return lambda: None
-            time.sleep(0.1)
+                with contextlib.suppress(psutil.Error):
+                    victim = draw.choice(found)
+                    name = " ".join(victim.cmdline()).strip()
+                    if any(part in name for part in titles):  # still at it
+                        victim.kill()
+                        return fault if fault == "driver" else name, lambda: None
+            time.sleep(0.05)
         if process.poll() is not None:
             return None
-        if fault == "node":
-            host = draw.choice(rig.hosts[1:])
-            host.kill()
-            return _after(REBOOT_SECONDS, lambda: rig.start(host))
-        outage = draw.choice(rig.hosts[1:]).unplugged() if fault == "network" else \
-            draw.choice([rig.store_hung, rig.store.cut])()
-        outage.__enter__()
-        return _after(OUTAGE_SECONDS, lambda: outage.__exit__(None, None, None))
+        if fault == "store":
+            name, outage = draw.choice([("hung", rig.store_hung), ("cut", rig.store.cut)])
+            return f"store {name}", _over(outage())
+        host = draw.choice(rig.hosts[1:])
+        if fault == "network":
+            return f"network of {host.name}", _over(host.unplugged())
+        host.kill()
+        return f"node {host.name}", _after(REBOOT_SECONDS, lambda: rig.start(host))
 
     @contextlib.contextmanager
     def _progress(self, output: str) -> Iterator[list[float]]:
@@ -203,6 +226,23 @@ class Chaos:
         ours, theirs = essence(job, self.rig.store.objects(output), NUM_STEPS), self.expected[job]
         return [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
 
+    def broken(self, job: str, output: str) -> list[str]:
+        """What is only half there under a final name, at any time."""
+        objects, found = self.rig.store.objects(output), []
+        for name, data in objects.items():
+            whole = True
+            if job == "precompute" and name.endswith(".parquet") and name.startswith("chunk"):
+                whole = data == self.expected[job][name]
+            elif name.endswith("/checksums.json"):
+                whole = _is_whole(name, objects)
+            elif name.endswith((".json", ".parquet")) and ".tmp-" not in name:
+                try:
+                    json.loads(data) if name.endswith(".json") else pq.read_table(pa.BufferReader(data))
+                except (ValueError, OSError):
+                    whole = False
+            found += [] if whole else [f"{name} is broken"]
+        return found
+
     def left_over(self, output: str) -> list[str]:
         """Locks, half-written files, processes and reservations that nobody will ever need."""
         found = [f"{name} is left" for name in self.rig.store.times(output)
@@ -225,6 +265,12 @@ class Chaos:
 
 def _last_line(text: str) -> str:
     return next((line[:300] for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def _over(outage: contextlib.AbstractContextManager) -> Callable[[], None]:
+    """Begin it; returns what ends it, in time."""
+    outage.__enter__()
+    return _after(OUTAGE_SECONDS, lambda: outage.__exit__(None, None, None))
 
 
 def _after(seconds: float, do: Callable[[], None]) -> Callable[[], None]:
