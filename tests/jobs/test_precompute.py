@@ -270,19 +270,23 @@ def test_chunks_of_another_run_are_not_taken_over(finished, tmp_path, ray_sessio
 
 
 def test_a_changed_source_or_setting_is_refused(finished, tmp_path):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    root = tmp_path / "source"
+    root, out = finished / "source", finished / "out"
     with pytest.raises(ValueError, match=r"validation_share: 0.2 -> 0.3"):
-        precompute(encoding(root, tmp_path / "out", validation_share=0.3))
+        precompute(encoding(root, out, validation_share=0.3))
     with pytest.raises(ValueError, match=r"another run; these settings differ:\n  exif_rotation: False -> True"):
-        precompute(encoding(root, tmp_path / "out", exif_rotation=True))
+        precompute(encoding(root, out, exif_rotation=True))
+    shutil.copytree(root, tmp_path / "moved")
     picture = root / "a" / "1.png"
+    before = picture.stat()
     os.utime(picture, ns=(7, 7))
-    with pytest.raises(ValueError, match=r"the source has changed since this run began:\n  a/1.png: modified since\nUse"):
-        precompute(encoding(root, tmp_path / "out"))
-    picture.write_bytes(encoded(seed=99, size=(50, 50)))
+    try:
+        with pytest.raises(ValueError, match=r"the source has changed since this run began:\n  a/1.png: modified since\n"):
+            precompute(encoding(root, out))
+    finally:
+        os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (tmp_path / "moved" / "a" / "1.png").write_bytes(encoded(seed=99, size=(50, 50)))
     with pytest.raises(ValueError, match=r"a/1.png: \d+ -> \d+ bytes"):
-        precompute(encoding(root, tmp_path / "out"))
+        precompute(encoding(tmp_path / "moved", out))
 
 
 def test_bad_settings_are_refused_before_ray_starts(tmp_path):
