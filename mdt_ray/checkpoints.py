@@ -29,7 +29,7 @@ def step_of(uri: str) -> int:
 
 def _named(folder: str) -> list[str]:
     """What lies in a folder and has a checkpoint's name, oldest first."""
-    return [name for name in storage.list_names(folder) if re.fullmatch(r"step-\d{8,}", name)]
+    return [found for found in storage.list_names(folder) if re.fullmatch(r"step-\d{8,}", found)]
 
 
 def kept(steps: list[int], keep_last: int, keep_every_steps: int) -> list[int]:
@@ -75,13 +75,15 @@ def damage(uri: str) -> str | None:
 def check_part(uri: str, part: str, folder: Path) -> None:
     """Raise ValueError if files of a part of a checkpoint (such as `ema`), fetched to `folder`, are not what its checksums
     say. What has none, such as a pipeline from a hub, is taken as it is."""
-    sums_uri = storage.join(uri, CHECKSUMS)
-    sums = storage.read_json(sums_uri) if storage.exists(sums_uri) else {}
-    for name in (name for name in sums if name.startswith(f"{part}/")):
-        file = folder / name.removeprefix(f"{part}/")
-        if not file.is_file() or storage.sha256(file.read_bytes()) != sums[name]:
-            raise ValueError(f"checkpoint {uri}: {name} does not have its checksum; bring it back, or take another "
-                             "checkpoint")
+    if not storage.exists(storage.join(uri, CHECKSUMS)):
+        return
+    sums = storage.read_json(storage.join(uri, CHECKSUMS))
+    files = [file for file in sums if file.startswith(f"{part}/")] if isinstance(sums, dict) else []
+    wrong = [file for file in files if not (here := folder / file.removeprefix(f"{part}/")).is_file()
+             or storage.sha256(here.read_bytes()) != sums[file]]
+    if wrong or not files:
+        raise ValueError(f"checkpoint {uri}: {wrong[0] if wrong else part} does not have its checksum; bring it back, or "
+                         "take another checkpoint")
 
 
 def latest(output: str) -> str | None:

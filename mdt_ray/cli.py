@@ -173,8 +173,9 @@ def parse(job: str, arguments: list[str]) -> Any:
 
     command = tyro.cli(Command, args=arguments, prog=f"mdt-ray {job}", default=Command(settings=default),
                        description=f"{text}.\n\nusage: {_shape(job)}")
-    if submitted:
-        command = dataclasses.replace(command, settings=submission(command.settings, submitted))
+    if job == "submit" and (submitted or command.settings.command):
+        words = submitted or list(command.settings.command)  # given last, or by --command or a file
+        command = dataclasses.replace(command, settings=submission(command.settings, words))
     return command
 
 
@@ -187,16 +188,18 @@ def _shape(job: str) -> str:
 
 
 def submission(config: SubmitConfig, words: list[str]) -> SubmitConfig:
-    """`config` with a command line in it that parses here, lacks nothing, and whose output will be found again.
+    """`config` with a command line in it that parses here, has every setting that it needs, and whose output will be found
+    again.
 
     Raises ValueError, or exits, as `parse` does.
     """
     job, rest = job_of(words)
     if job == "submit" or job.startswith("submit "):
         raise ValueError("a submitted command cannot be `submit`")
-    settings = parse(job, rest).settings
-    _require_needed(job, settings)
-    _refuse_temporary(settings)
+    found = parse(job, rest)
+    if not found.dry_run:
+        _require_needed(job, found.settings)
+    _refuse_temporary(found.settings)
     return dataclasses.replace(config, command=tuple(words))
 
 

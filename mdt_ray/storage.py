@@ -66,6 +66,11 @@ def resolve_below(folder: str, name: str) -> tuple[pafs.FileSystem, str]:
     return fs, f"{path.rstrip('/')}/{name}"
 
 
+def name(uri: str) -> str:
+    """The last part of a path, without the query string."""
+    return base(uri).rstrip("/").rpartition("/")[2]
+
+
 def is_local(uri: str) -> bool:
     return isinstance(resolve(uri)[0], pafs.LocalFileSystem)
 
@@ -109,8 +114,10 @@ def _children(uri: str) -> list[pafs.FileInfo]:
 
 def read_bytes(uri: str) -> bytes:
     """The whole file. Raises FileNotFoundError."""
-    fs, path = resolve(uri)
+    return _read(*resolve(uri))
 
+
+def _read(fs: pafs.FileSystem, path: str) -> bytes:
     def read() -> bytes:
         with fs.open_input_stream(path) as stream:
             return stream.read()
@@ -124,12 +131,13 @@ def parsed(uri: str, parse: Callable[[bytes], T]) -> T:
     From a store, another try or two follow a ValueError: of an object that is replaced by a longer or shorter one between
     the two requests that reading takes, pyarrow returns as many bytes as it had before, the last ones remains of memory.
     """
-    for pause in () if is_local(uri) else REPLACED_SECONDS:
+    fs, path = resolve(uri)
+    for pause in () if isinstance(fs, pafs.LocalFileSystem) else REPLACED_SECONDS:
         try:
-            return parse(read_bytes(uri))
+            return parse(_read(fs, path))
         except ValueError:
             time.sleep(pause)
-    return parse(read_bytes(uri))
+    return parse(_read(fs, path))
 
 
 def patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
@@ -189,13 +197,13 @@ def _made_apart(uri: str) -> Iterator[tuple[pafs.FileSystem, str, Path]]:
     """The filesystem and path of a file or folder to come, and a local path to make it at, where nothing stays."""
     fs, path = resolve(uri)
     path = path.rstrip("/")
-    temporary = Path(_temporary(path)) if isinstance(fs, pafs.LocalFileSystem) else _scratch()
+    temporary = Path(_temporary(path)) if isinstance(fs, pafs.LocalFileSystem) else scratch()
     try:
         with _naming(uri):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             yield fs, path, temporary
     finally:
-        _discard(temporary)
+        discard(temporary)
 
 
 @contextmanager
@@ -269,21 +277,22 @@ def _temporary(path: str) -> str:
     return f"{path}.tmp-{uuid.uuid4().hex}"
 
 
-def _scratch() -> Path:
-    """A path on this machine for what goes to a store. Those of processes that were killed are deleted."""
+def scratch() -> Path:
+    """A path on this machine, for what goes to a store or is of no use to others. Those of killed processes are deleted."""
     root = Path(tempfile.gettempdir())
     for path in root.glob("mdt_ray-*"):
         owner = path.name.split("-")[1]
         try:
             os.kill(int(owner), 0)
         except ProcessLookupError:
-            _discard(path)
+            discard(path)
         except (ValueError, PermissionError):  # another's
             continue
     return root / f"mdt_ray-{os.getpid()}-{uuid.uuid4().hex}"
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
+    """Delete what lies at a local path, if anything does."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -294,7 +303,7 @@ def clear_leftovers(uri: str) -> None:
     """Delete what killed writers left half-written in a folder on a local disk. For its one owner."""
     if is_local(uri):
         for path in Path(resolve(uri)[1]).glob("*.tmp-*"):
-            _discard(path)
+            discard(path)
 
 
 def sha256(data: bytes) -> str:

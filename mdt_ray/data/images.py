@@ -3,6 +3,7 @@
 import io
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,3 +117,8 @@ def decode_piece(piece: Piece, image_size: int, exif_rotation: bool = False, exa
         labels.append(label)
     array = np.stack(pixels) if pixels else np.empty((0, image_size, image_size, 3), np.uint8)
     return Pixels(ids, labels, array, rejected, piece.seconds, time.perf_counter() - started)
+
+
+def decode_pieces(pieces: Iterable[Piece], image_size: int, exif_rotation: bool = False, exact: bool = False) -> Pixels:
+    """`decode_piece` of one after the other, so that memory holds one of them encoded."""
+    return Pixels.joined([decode_piece(piece, image_size, exif_rotation, exact) for piece in pieces])

@@ -70,7 +70,7 @@ def side_of(pictures: PictureSet) -> int:
     """
     if pictures.image_size is not None:
         return pictures.image_size
-    piece = readers.read_few(pictures.source.folder, pictures.source.kind, pictures.listing.table.slice(0, 1))
+    piece = next(readers.read_pieces(pictures.source.folder, pictures.source.kind, pictures.listing.table.slice(0, 1), 1))
     try:
         first = images.decode_image(piece.data[0].as_py())
     except ValueError as error:
@@ -105,7 +105,7 @@ def read_range(handed: dict[str, Any], start: int, stop: int, chunk_size: int, i
         return arrays.read_images(npz, start, stop), arrays.read_labels(npz)[start:stop], 0
     rows, _, _ = listings.read_parts(handed["listing"], [start // chunk_size])
     pieces = readers.read_pieces(handed["folder"], handed["kind"], rows.slice(0, stop - start), stop - start)
-    found = images.Pixels.joined([images.decode_piece(piece, image_size, exact=exact) for piece in pieces])
+    found = images.decode_pieces(pieces, image_size, exact=exact)
     if exact and found.rejected:
         first = found.rejected[0]
         raise ValueError(f"{storage.join(handed['folder'], first['id'])}: {first['reason']}; mend or remove it")

@@ -28,7 +28,9 @@ MAX_PICTURE_BYTES = 64 * 2**20
 """Of a picture in Parquet. What is larger counts as unreadable: a file of a thousandth of that may unpack to it."""
 ROWS_AT_ONCE = 4
 """Of Parquet: so many such pictures are in memory before their sizes are known."""
-PIECE_BYTES = 2**28
+MOUNTED_SECONDS = (1.0, 5.0)
+"""Waits before a failed read of a mounted file system is tried again."""
+MAX_PIECE_BYTES = 2**28
 """After which a piece from Parquet ends, however few its images are."""
 
 
@@ -63,15 +65,6 @@ def read_pieces(folder: str, kind: str, rows: pa.Table, piece_size: int) -> Iter
         part = rows.slice(start, len(data))
         yield Piece(part["id"].to_pylist(), part["label"].to_pylist(), data, time.perf_counter() - started)
         start, started = start + len(data), time.perf_counter()
-
-
-def read_few(folder: str, kind: str, rows: pa.Table) -> Piece:
-    """The images of a few rows, all at once; see `read_pieces`. Raises ValueError for more than PIECE_BYTES of Parquet."""
-    piece = next(read_pieces(folder, kind, rows, rows.num_rows))
-    if len(piece.ids) < rows.num_rows:
-        raise ValueError(f"{folder}: {rows.num_rows} pictures from {piece.ids[0]!r} on are more than {PIECE_BYTES} bytes; "
-                         "make them smaller")
-    return piece
 
 
 def _read_pictures(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
@@ -125,7 +118,7 @@ def _read_parquet(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.A
         for picture in data:
             waiting.append(picture)
             num_bytes += len(picture or b"")
-            if len(waiting) == piece_size or num_bytes >= PIECE_BYTES:
+            if len(waiting) == piece_size or num_bytes >= MAX_PIECE_BYTES:
                 yield pa.array(waiting, pa.large_binary())
                 waiting, num_bytes = [], 0
     if waiting:
@@ -148,6 +141,8 @@ def _parquet_slices(folder: str, rows: pa.Table) -> Iterator[list[bytes | None]]
                     for part in _row_range(file, first, stop):
                         first += len(part)
                         yield part
+                if first < stop:
+                    raise ValueError("it ends before them")
                 break
             except (OSError, ValueError) as error:
                 if isinstance(error, FileNotFoundError | ValueError) or not waits:
@@ -187,9 +182,14 @@ _READERS = {"pictures": _read_pictures, "parquet": _read_parquet, "tar": _read_t
 
 def _persist(fs: pafs.FileSystem, name: str, folder: str, read: Callable[[], bytes]) -> bytes:
     """`read()`, with patience. Raises ValueError naming the file."""
-    try:
-        return storage.patiently(fs, read)
-    except OSError as error:
-        remedy = "it was there when the source was listed: put it back, or use a new output folder" \
-            if isinstance(error, FileNotFoundError) else "mend the access and run the same command again"
-        raise ValueError(f"{storage.join(folder, name)}: cannot be read ({error}); {remedy}") from error
+    waits = list(storage.waits(fs) or MOUNTED_SECONDS)
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            refused = isinstance(error, PermissionError) or any(word in str(error) for word in storage.REFUSALS)
+            if refused or isinstance(error, FileNotFoundError) or not waits:
+                remedy = "it was there when the source was listed: put it back, or use a new output folder" \
+                    if isinstance(error, FileNotFoundError) else "mend the access and run the same command again"
+                raise ValueError(f"{storage.join(folder, name)}: cannot be read ({error}); {remedy}") from error
+        time.sleep(waits.pop(0))

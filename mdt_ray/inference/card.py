@@ -43,7 +43,7 @@ def model_card(checkpoint: str) -> str:
                        labels="class_labels=[0], " if model["num_classes"] else "")
     text += _origin(origin) if origin else _training(checkpoint, facts, trained)
     if started:
-        text += f"Training started from the weights of `{_line(started['file'])}`.\n\n"
+        text += f"Training started from the weights of `{_code(started['file'])}`.\n\n"
     if license == NON_COMMERCIAL:
         text += ("**Licence.** The published weights of MDT and DiT are for non-commercial use (CC BY-NC 4.0); converting "
                  "them, or training on from them, does not change that.\n\n")

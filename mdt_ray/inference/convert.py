@@ -5,7 +5,6 @@ import io
 import json
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,7 +101,7 @@ def write_checkpoint(converted: official.Converted, output: str, *, source: str,
     names = list(imagenet_classes()) if num_classes == 1000 else [str(c) for c in range(num_classes)]
     facts = {"step": 0, "attempt": 0, "vae": vae | {"weights_hash": None}, "image_size": image_size or size * 8,
              "latent_shape": [config.in_channels, size, size], "class_names": names, "num_classes": num_classes,
-             "origin": {"file": Path(storage.base(source)).name, "layout": converted.layout, "sha256": sha256,
+             "origin": {"file": storage.name(source), "layout": converted.layout, "sha256": sha256,
                         "license": license, "notes": converted.notes}}
     publish(converted.model, output, run, facts, converted.spare)
 
@@ -167,7 +166,7 @@ def _is_our_pipeline(source: str) -> bool:
 
 def origin_of(source: str) -> dict[str, Any]:
     """What a model card says of the weights at `source`: their file, and their licence where that is known."""
-    origin: dict[str, Any] = {"file": storage.base(source).rstrip("/").rpartition("/")[2], "license": None}
+    origin: dict[str, Any] = {"file": storage.name(source), "license": None}
     if not checkpoints.is_here(source):
         return origin | {"license": None if _is_our_pipeline(source) else NON_COMMERCIAL}
     facts = storage.read_json(storage.join(checkpoints.resolve(source), "state.json"))

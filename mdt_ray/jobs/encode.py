@@ -35,7 +35,7 @@ PIECE_BYTES = 4 * 2**20
 
 def piece_size(config: PrecomputeConfig) -> int:
     """Images of a piece: batches of the VAE, as many as make PIECE_BYTES. A function of identity fields alone, because an
-    image's batch decides its last bits."""
+    image's batch decides its last bits. (Where pictures are so large that a piece ends before, that follows from them.)"""
     batch_bytes = config.encode_batch_size * config.image_size**2 * 3
     return config.encode_batch_size * max(1, PIECE_BYTES // batch_bytes)
 

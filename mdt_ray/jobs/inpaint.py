@@ -68,7 +68,7 @@ def inpaint(config: InpaintConfig) -> str:
 def _read(source: sources.Source, config: InpaintConfig, size: int) -> np.ndarray:
     """The first pictures, cut to the model's size, (N, H, W, 3) uint8."""
     rows = listings.list_images(source).table.slice(0, config.num_images)
-    found = images.decode_piece(readers.read_few(source.folder, source.kind, rows), size)
+    found = images.decode_pieces(readers.read_pieces(source.folder, source.kind, rows, rows.num_rows), size)
     if found.rejected:
         wrong = found.rejected[0]
         raise ValueError(f"images = {config.images!r}: {wrong['id']}: {wrong['reason']}; take it out, or replace it")

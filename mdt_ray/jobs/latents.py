@@ -106,8 +106,8 @@ def _originals(run: PrecomputeConfig, source_uri: str, ids: list[str]) -> np.nda
     missing = [i for i in ids if i not in places]
     if missing:
         raise ValueError(f"source = {source_uri!r}: has no image {missing[0]!r}; name by --source where the images lie now")
-    piece = readers.read_few(source.folder, source.kind, table.take([places[i] for i in ids]))
-    found = images.decode_piece(piece, run.image_size, run.exif_rotation)
+    pieces = readers.read_pieces(source.folder, source.kind, table.take([places[i] for i in ids]), len(ids))
+    found = images.decode_pieces(pieces, run.image_size, run.exif_rotation)
     if found.rejected:
         raise ValueError(f"source = {source_uri!r}: image {found.rejected[0]['id']!r}: {found.rejected[0]['reason']}")
     return found.images

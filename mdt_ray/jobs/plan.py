@@ -12,7 +12,7 @@ import torch
 from mdt_ray.autocast import autocast_dtype
 from mdt_ray.config import PrecomputeConfig
 from mdt_ray.data import latents, listings, readers, sources
-from mdt_ray.data.images import Pixels, decode_piece
+from mdt_ray.data.images import Pixels, decode_pieces
 from mdt_ray.data.vae import downscaling, load_vae, to_unit_range, vae_config
 from mdt_ray.jobs.precompute import prepare
 from mdt_ray.jobs.units import duration, size
@@ -70,8 +70,8 @@ def plan_precompute(config: PrecomputeConfig) -> str:
 def _sample(config: PrecomputeConfig, source: sources.Source, listing: listings.Listing) -> Pixels:
     """Some images spread over the source, decoded."""
     places = np.linspace(0, listing.table.num_rows - 1, min(SAMPLE_IMAGES, listing.table.num_rows)).round().astype(int)
-    piece = readers.read_few(source.folder, source.kind, listing.table.take(np.unique(places)))
-    return decode_piece(piece, config.image_size, config.exif_rotation)
+    pieces = readers.read_pieces(source.folder, source.kind, listing.table.take(np.unique(places)), SAMPLE_IMAGES)
+    return decode_pieces(pieces, config.image_size, config.exif_rotation)
 
 
 def _encoding_rate(config: PrecomputeConfig, sample: Pixels, device: str) -> float:

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import logging
 import sys
-import tempfile
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
@@ -100,8 +99,8 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
     takes = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
     ended = {t.name for t in known if t.result() is not None}
     # Tune's own files are of no use to anybody else. It unpickles errors that it finds there, so they are not in a bucket.
-    with progress.bar(total, "trial", "tune", initial=len(ended)) as bar, \
-            tempfile.TemporaryDirectory(prefix="mdt-ray-tune-", ignore_cleanup_errors=True) as own:
+    own = storage.scratch()
+    with progress.bar(total, "trial", "tune", initial=len(ended)) as bar:
         ledger = _Ledger(sweep, bar, groups, ended)
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(
@@ -114,7 +113,7 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
                 max_concurrent_trials=concurrent, reuse_actors=config.scheduler == "none",
                 trial_dirname_creator=lambda found: found.trial_id),
             run_config=ray.tune.RunConfig(
-                name=uuid.uuid4().hex[:12], storage_path=own, verbose=0,
+                name=uuid.uuid4().hex[:12], storage_path=str(own), verbose=0,
                 failure_config=ray.tune.FailureConfig(max_failures=MAX_LOSSES),
                 callbacks=[ledger]))
 
@@ -135,6 +134,7 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
                 return control.watch(fit, channel, config.train, workers.num_workers, sweep.wish, ledger.on_row, meanwhile)
         finally:
             sweep.budget.write()
+            storage.discard(own)
             ray.kill(channel)
 
 

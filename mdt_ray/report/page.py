@@ -58,7 +58,7 @@ def _headline(config: QuickstartConfig, guided: dict, unguided: list[dict]) -> s
     if (halves := _halves(guided)) is not None:
         cards.append((f"{halves[1]:.4g}", f"fid_{name} between {halves[0]}"))
     other = "" if name == "inception" else ", not Inception's"
-    return headline(f"Masked Diffusion Transformer: {config.output.rstrip('/').rpartition('/')[2]}",
+    return headline(f"Masked Diffusion Transformer: {storage.name(config.output)}",
                     "From images to metrics: latents, training, a sweep and samples, all on Ray. "
                     f"The metrics are in the features of the <i>{text(name)}</i> network{other}.", cards)
 
@@ -160,8 +160,8 @@ def _kept(evaluation: EvaluateConfig, count: int) -> tuple[np.ndarray, np.ndarra
 def _real_images(config: QuickstartConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
     source = sources.open_source(config.precompute.source, config.precompute.labels)
     rows = listings.list_images(source).table.slice(0, count)
-    piece = readers.read_few(source.folder, source.kind, rows)
-    found = images.decode_piece(piece, config.precompute.image_size, config.precompute.exif_rotation)
+    pieces = readers.read_pieces(source.folder, source.kind, rows, count)
+    found = images.decode_pieces(pieces, config.precompute.image_size, config.precompute.exif_rotation)
     return found.images, np.array(found.labels)
 
 

@@ -50,7 +50,7 @@ def _headline(output: str, found: dict[str, Any]) -> str:
              (f"{hours:.2g} h", "of trials that finished, in all")]
     left = f"{found['left']} trials are left: {found['left_because']}." if found["left"] else "All trials have ended."
     note = f"{text(found['about'])}. {text(left)}"
-    return headline(f"Sweep: {output.rstrip('/').rpartition('/')[2]}", note, cards)
+    return headline(f"Sweep: {storage.name(output)}", note, cards)
 
 
 def points_table(found: dict[str, Any]) -> str:

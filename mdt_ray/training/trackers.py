@@ -277,7 +277,7 @@ def _import(package: str, value: str) -> ModuleType:
 
 
 def _name(config: TrackConfig, output: str) -> str:
-    return config.name or output.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return config.name or storage.name(output)
 
 
 def _remembered(config: TrackConfig, output: str, name: str) -> dict[str, str] | None:

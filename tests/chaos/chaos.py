@@ -227,21 +227,29 @@ class Chaos:
         return [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
 
     def broken(self, job: str, output: str) -> list[str]:
-        """What is only half there under a final name, at any time."""
-        objects, found = self.rig.store.objects(output), []
-        for name, data in objects.items():
-            whole = True
-            if job == "precompute" and name.endswith(".parquet") and name.startswith("chunk"):
-                whole = data == self.expected[job][name]
-            elif name.endswith("/checksums.json"):
-                whole = _is_whole(name, objects)
-            elif name.endswith((".json", ".parquet")) and ".tmp-" not in name:
-                try:
-                    json.loads(data) if name.endswith(".json") else pq.read_table(pa.BufferReader(data))
-                except (ValueError, OSError):
-                    whole = False
-            found += [] if whole else [f"{name} is broken"]
-        return found
+        """What is only half there under a final name, at any time. (What is just being replaced, or deleted, may look so
+        once: workers of a killed driver may still be about.)"""
+        seen = []
+        for _ in range(2):
+            objects = self.rig.store.objects(output)
+            seen.append({name for name in objects if not self._is_sound(job, name, objects)})
+            time.sleep(1)
+        return [f"{name} is broken" for name in sorted(seen[0] & seen[1])]
+
+    def _is_sound(self, job: str, name: str, objects: dict[str, bytes]) -> bool:
+        expected = self.expected[job].get(name)
+        if isinstance(expected, bytes):
+            return objects[name] == expected
+        if name.endswith("/checksums.json"):
+            return _is_whole(name, objects)
+        try:
+            if name.endswith(".json"):
+                json.loads(objects[name])
+            elif name.endswith(".parquet"):
+                pq.read_table(pa.BufferReader(objects[name]))
+        except (ValueError, OSError):
+            return False
+        return True
 
     def left_over(self, output: str) -> list[str]:
         """Locks, half-written files, processes and reservations that nobody will ever need."""

@@ -45,7 +45,7 @@ def test_idx_files_become_pictures_with_labels(script, folder, monkeypatch):
     listed = listings.list_images(source)
     assert listed.table.num_rows == 32, "no name occurs twice"
     assert listed.class_names == script.NAMES
-    found = images.decode_piece(readers.read_few(source.folder, source.kind, listed.table), 32)
+    found = images.decode_pieces(readers.read_pieces(source.folder, source.kind, listed.table, 10_000), 32)
     assert found.rejected == []
     assert np.array_equal(found.images, np.repeat(pixels[..., None], 3, axis=3))
     assert found.labels == labels.tolist()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import types
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mdt_ray import storage, tables
-from mdt_ray.data import listings, readers, sources
+from mdt_ray.data import images, listings, readers, sources
 from tests import s3
 from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
 
@@ -391,7 +393,7 @@ def test_pictures_that_unpack_to_more_than_any_picture_are_rejected(tmp_path, mo
 
 def test_pictures_that_unpack_to_much_together_come_in_smaller_pieces(tmp_path, monkeypatch):
     """Each of them may be as large as this, but a file of some kilobytes has 200."""
-    monkeypatch.setattr(readers, "PIECE_BYTES", 8 * 2**20)
+    monkeypatch.setattr(readers, "MAX_PIECE_BYTES", 8 * 2**20)
     large = [bytes([i]) * (3 * 2**20) for i in range(200)]
     path = write_parquet(tmp_path / "bomb.parquet", [(data, 0) for data in large], row_group_size=1000, compression="zstd",
                          use_dictionary=False)
@@ -405,8 +407,37 @@ def test_pictures_that_unpack_to_much_together_come_in_smaller_pieces(tmp_path, 
         assert piece.data.nbytes < 12 * 2**20
         at += len(piece.ids)
     assert at == 200
-    with pytest.raises(ValueError, match=r"5 pictures from .* on are more than 8388608 bytes; make them smaller"):
-        readers.read_few(source.folder, source.kind, rows.slice(10, 5))
+    found = images.decode_pieces(readers.read_pieces(source.folder, source.kind, rows.slice(10, 5), 5), 32)
+    assert [entry["id"] for entry in found.rejected] == rows["id"].to_pylist()[10:15]
+
+
+def test_a_parquet_file_with_fewer_rows_than_were_listed_is_named(tmp_path):
+    path = write_parquet(tmp_path / "s.parquet", [(bytes([i]), i) for i in range(20)], row_group_size=5)
+    source = sources.open_source(str(path))
+    rows = listings.list_images(source).table
+    write_parquet(path, [(bytes([i]), i) for i in range(18)], row_group_size=5)
+    with pytest.raises(ValueError, match=r"s.parquet: rows \d+..20 are not readable"):
+        list(readers.read_pieces(source.folder, source.kind, rows, 4))
+
+
+def test_a_mounted_file_system_has_another_chance(tmp_path, monkeypatch):
+    """A real error of the kernel for a folder that is read as a file, until it is one."""
+    monkeypatch.setattr(readers, "MOUNTED_SECONDS", (0.05, 0.05))
+    write_folder(tmp_path, [("a/1.png", PICTURES[0])])
+    source = sources.open_source(str(tmp_path))
+    rows, path = listings.list_images(source).table, tmp_path / "a" / "1.png"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"a/1.png: cannot be read .*; mend the access"):
+        list(readers.read_pieces(source.folder, source.kind, rows, 4))
+
+    def mend(seconds: float) -> None:
+        path.rmdir()
+        path.write_bytes(PICTURES[0])
+
+    monkeypatch.setattr(readers, "time", types.SimpleNamespace(sleep=mend, perf_counter=time.perf_counter))
+    [piece] = readers.read_pieces(source.folder, source.kind, rows, 4)
+    assert piece.data.to_pylist() == [PICTURES[0]]
 
 
 @pytest.mark.parametrize("compact", [True, False])

@@ -234,7 +234,7 @@ def digits_vae() -> Vae:
 def digits(tmp_path_factory, digits_vae):
     """A folder of the first 200 digits' latents with mirror images, and their moments (200, 2, C, h, w)."""
     source = sources.open_source("digits")
-    piece = readers.read_few(source.folder, source.kind, listings.list_images(source).table.slice(0, 200))
+    piece = next(readers.read_pieces(source.folder, source.kind, listings.list_images(source).table, 200))
     x = to_unit_range(torch.from_numpy(images.decode_piece(piece, 32).images))
     moments, flipped = digits_vae.encode(x).numpy(), digits_vae.encode(x.flip(-1)).numpy()
     folder = tmp_path_factory.mktemp("digits")

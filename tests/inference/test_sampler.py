@@ -177,7 +177,7 @@ def test_a_finished_evaluation_is_read_and_a_missing_chunk_made_again(checkpoint
 
 def test_real_images_score_as_themselves():
     source = sources.open_source("digits")
-    piece = readers.read_few(source.folder, source.kind, listings.list_images(source).table.slice(0, 600))
+    piece = next(readers.read_pieces(source.folder, source.kind, listings.list_images(source).table, 600))
     pictures, labels = images.decode_piece(piece, 32).images, np.array(piece.labels, dtype=np.int64)
     real = chunks.measure(load_small_features(), pictures, labels, np.arange(10))
     assert np.array_equal(real.images, pictures[:10])

@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory) -> str:
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """The embedded pictures (N, 32, 32, 3) and their labels."""
     source = sources.open_source("digits")
-    piece = readers.read_few(source.folder, source.kind, listings.list_images(source).table)
+    piece = next(readers.read_pieces(source.folder, source.kind, listings.list_images(source).table, 10_000))
     return images.decode_piece(piece, 32).images, np.array(piece.labels, dtype=np.int64)
 
 

@@ -52,7 +52,7 @@ def tars(root, count: int = 12):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, ray_session):
-    """A finished run, to be copied before it is changed: twelve pictures in `source`, their latents in `out`."""
+    """A finished run, to be left as it is: twelve pictures in `source`, their latents in `out`."""
     root = tmp_path_factory.mktemp("finished")
     precompute(encoding(folders(root / "source"), root / "out"))
     return root

@@ -95,6 +95,7 @@ def test_all_four_jobs_and_the_page_come_to_lie_in_the_store(store):
     assert last.splitlines()[1] == f"report {store.uri('all/report/index.html')}"
     page = Page(found["report/index.html"].decode())
     assert (page.fetched, page.open, len(page.images)) == ([], [], 6)
+    assert "Masked Diffusion Transformer: all" in page.text
     judged = [json.loads(data)["checkpoint"]["step"] for name, data in sorted(found.items())
               if re.fullmatch(r"evaluate/unguided-step-\d+/metrics.json", name)]
     assert judged == [0, 10, 20]

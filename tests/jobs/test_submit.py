@@ -27,6 +27,7 @@ from tests.test_cli import run as command_line
     (["submit", "list"], "a submitted command cannot be `submit`"),
     (["train", "--output", "s3://key:secret@bucket/run"], r"--output = 's3://\*\*\*@bucket/run': holds a secret"),
     (["evaluate", "imagenet256-s-2", "--output", "s3://bucket/judged"], "--reference: not given; name it"),
+    (["--command", "train", "digits"], "output = 'runs/digits/train'"),
     (["--stop-seconds", "0", "train", "--output", "s3://bucket/run"], "stop_seconds = 0: must be positive"),
 ])
 def test_a_wrong_command_is_refused_here(arguments, message, capsys):
@@ -52,8 +53,8 @@ def test_the_command_begins_at_the_first_word_that_is_a_job():
     words = ["--name", "train", "--detach", "evaluate", "sweep", "--output", "s3://b/x"]
     assert cli._cut(words) == (words[:3], words[3:])
     assert cli._cut(["--address=tune", "tune", "digits"]) == (["--address=tune"], ["tune", "digits"])
-    words = ["train", "digits", "--output", "/x"]
-    assert cli.submission(SubmitConfig(), words).command == tuple(words)
+    for words in (["train", "digits", "--output", "/x"], ["evaluate", "--output", "/x", "--dry-run"]):
+        assert cli.submission(SubmitConfig(), words).command == tuple(words)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

@@ -94,11 +94,17 @@ def several_averages(rank: int, folder: Path, output: Path) -> None:
     run(rank, folder, output, ema=dataclasses.replace(begun, more_decays=(0.5,)))
 
 
-def test_rank_0_reads_for_all(folder, tmp_path):
+def test_rank_0_reads_for_all_and_two_train_as_one(folder, tmp_path):
     assert finish(launch(several_averages, folder, tmp_path)) == [0] * NUM_RANKS
     assert finish(launch(without_a_store, folder, tmp_path)) == [0] * NUM_RANKS
     assert steps(tmp_path) == list(range(1, 31))
     assert steps(tmp_path / "other") == [1, 2, 3]
+    alone = tiny_training(folder, tmp_path / "alone", num_steps=30)
+    manifest = latents.open_manifest(alone.latents)
+    training.run_rank(dataclasses.replace(alone, model=contract.resolve_model(alone.model, manifest)), manifest, {})
+    two, one = ([row["loss"] for row in checkpoints.read_metrics(str(output / "metrics.parquet"))]
+                for output in (tmp_path, tmp_path / "alone"))
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 # Non-finite steps
