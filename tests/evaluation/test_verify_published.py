@@ -15,6 +15,7 @@ from mdt_ray.evaluation.inception import Inception
 from tests.conftest import ROOT
 from tests.evaluation.test_inception import filled_weights
 
+pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "scripts" / "verify_published.py"
 
 

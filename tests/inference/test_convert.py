@@ -204,9 +204,9 @@ def test_a_dit_becomes_an_mdt(published, tmp_path):
     make_latents(tmp_path / "latents", side=8)
     state_dict = torch.load(published["dit"], weights_only=True)
     dit = official.load(state_dict, official.infer_config(state_dict, num_heads=4))
-    dit.save_pretrained(tmp_path / "dit" / "ema")
-    for name in ("state.json", "checksums.json"):
-        storage.write_json(str(tmp_path / "dit" / name), {})
+    with checkpoints.create(str(tmp_path / "dit")) as folder:
+        dit.save_pretrained(folder / "ema")
+        (folder / "state.json").write_text("{}")
     config = tiny_training(tmp_path / "latents", tmp_path / "run", num_steps=1, init_from=str(tmp_path / "dit"),
                            model=ModelConfig(**MODEL | {"patch_size": 2}))
     run(config)

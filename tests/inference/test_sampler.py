@@ -74,6 +74,7 @@ def test_weights_cast_once_draw_what_autocast_draws(checkpoint, changes):
     assert not torch.equal(found, draw_latents(Sampler(checkpoint, sampling).networks, sampling, 0, labels, seed=5))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler on CPUs")
 @pytest.mark.filterwarnings("default")  # PyTorch's compiler warns of itself in many places
 def test_compiled_blocks_draw_the_same_images(checkpoint, tmp_path):

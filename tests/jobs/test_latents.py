@@ -173,6 +173,7 @@ def digits(tmp_path_factory, ray_session):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_psnr_is_high_for_the_pictures_that_the_autoencoder_knows(digits):
     line = verify(VerifyConfig(folder=digits.output, decode=40))
     assert float(re.search(r"mean ([\d.]+) dB", line)[1]) > 30
@@ -196,6 +197,7 @@ def test_the_planned_size_is_that_of_imagenet():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_planned_size_is_the_size_written(digits):
     planned = float(re.search(r"2 files, ([\d.]+) kB", plan_precompute(digits))[1]) * 1000
     written = sum(size for name, size in storage.list_sizes(digits.output).items() if name.startswith("chunk"))

@@ -10,7 +10,7 @@ from mdt_ray.config import EvaluateConfig, SamplingConfig, WorkersConfig
 from mdt_ray.training import samples
 from tests import harness
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,6 @@ def test_samples_that_fail_leave_training_alone(config, caplog):
     assert caplog.text.count("no samples of step 30") == 1
 
 
-@pytest.mark.slow
 def test_without_real_images_there_is_just_a_picture(config):
     from mdt_ray.jobs.train import train
 

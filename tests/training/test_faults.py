@@ -126,7 +126,7 @@ class HostSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adan", "muon"])
+@pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adan", "muon"))])
 def test_steps_are_skipped_and_counted_without_a_host_sync(folder, tmp_path, monkeypatch, name):
     """18 steps more, 6 of them skipped, wait for the device as often: when the one row of metrics is due."""
     poison(monkeypatch, lambda step, attempt: step % 3 == 1)
@@ -191,8 +191,9 @@ run(tiny_training(sys.argv[1], sys.argv[2], hang_timeout_s=3.0))
 """
 
 
-@pytest.mark.parametrize("hang", ["threading.Event().wait()", "import ctypes; ctypes.PyDLL(None).sleep(100)"],
-                         ids=["waiting", "holding the interpreter"])
+@pytest.mark.parametrize("hang", [
+    pytest.param("threading.Event().wait()", id="waiting", marks=pytest.mark.slow),
+    pytest.param("import ctypes; ctypes.PyDLL(None).sleep(100)", id="holding the interpreter")])
 def test_a_hang_leaves_its_stacks_and_ends_the_process(folder, tmp_path, hang):
     done = subprocess.run([sys.executable, "-c", HANGING.format(hang=hang), folder, tmp_path], cwd=ROOT, timeout=120,
                           capture_output=True, text=True)
