@@ -77,14 +77,20 @@ def run_and_kill(arguments: list[str], environment: dict[str, str], when: Callab
         process.wait()
 
 
-def ray_process(part: str) -> int | None:
-    """Process id of one of the workers of this session's Ray whose title holds `part`, if there is one now."""
+def ray_processes(part: str) -> list[int]:
+    """Process ids of the workers of this session's Ray whose title holds `part` now."""
+    found = []
     for process in psutil.Process().children(recursive=True):  # another Ray on this machine is somebody's work
         with contextlib.suppress(psutil.NoSuchProcess):
             title = " ".join(process.cmdline())
             if title.startswith("ray::") and part in title:
-                return process.pid
-    return None
+                found.append(process.pid)
+    return found
+
+
+def ray_process(part: str) -> int | None:
+    """One of them, if there is one."""
+    return next(iter(ray_processes(part)), None)
 
 
 def open_placement_groups() -> list[str]:

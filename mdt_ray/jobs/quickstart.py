@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from mdt_ray import checkpoints, storage
 from mdt_ray.config import EvaluateConfig, QuickstartConfig, require
+from mdt_ray.data.latents import MANIFEST
 from mdt_ray.jobs import evaluate, precompute, train, tune
 from mdt_ray.report import page
 
@@ -33,14 +34,14 @@ def quickstart(config: QuickstartConfig) -> tuple[str, dict[str, float]]:
     for name, judged in (("evaluate", config.evaluate), ("tune.evaluate", config.tune.evaluate)):
         require(bool(judged.reference), f"{name}.reference", "", "not given; name real images, or statistics of them (.npz)")
     clock = _Clock(storage.join(config.output, STAGES))
-    with clock.stage("precompute"):
+    with clock.stage("precompute", is_done=_is_there(config.precompute.output, MANIFEST)):
         precompute.precompute(config.precompute)
-    with clock.stage("train"):
+    with clock.stage("train", is_done=checkpoints.newest_step(config.train.output) >= config.train.num_steps):
         train.train(config.train)
-    with clock.stage("tune"):
+    with clock.stage("tune", is_done=_is_there(config.tune.output, tune.RESULTS)):
         sweep = tune.tune(config.tune)
-    with clock.stage("evaluate"):
-        evaluations = evaluations_of(config)
+    evaluations = evaluations_of(config)
+    with clock.stage("evaluate", is_done=all(_is_there(each.output, evaluate.METRICS) for each in evaluations.values())):
         results = dict(zip(evaluations, evaluate.evaluate_many(list(evaluations.values()), config.evaluate.output),
                            strict=True))
     return page.write(config, evaluations, results, sweep, clock.seconds), results["guided"]["metrics"]
@@ -61,20 +62,23 @@ def evaluations_of(config: QuickstartConfig) -> dict[str, EvaluateConfig]:
     return found
 
 
+def _is_there(output: str, name: str) -> bool:
+    return storage.exists(storage.join(output, name))
+
+
 class _Clock:
-    """Seconds that each stage took, over all runs of the command; a stage with nothing to do keeps its time."""
+    """Seconds that each stage took, over all runs of the command; a stage that is done keeps its time."""
 
     def __init__(self, uri: str):
         self.uri = uri
         self.seconds: dict[str, float] = storage.read_json(uri) if storage.exists(uri) else {}
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, *, is_done: bool) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
         finally:
-            spent = time.perf_counter() - started
-            if spent > 1.0:  # a finished stage takes less
-                self.seconds[name] = self.seconds.get(name, 0.0) + spent
+            if not is_done:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
                 storage.write_json(self.uri, self.seconds)

@@ -1,6 +1,5 @@
 """One kill per job, with real processes: the same command again ends with the artefacts of an undisturbed run."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -188,7 +187,7 @@ def test_what_a_failed_controller_had_reserved_is_given_back(ray_session):
 @pytest.mark.slow
 def test_nothing_that_would_outlive_a_killed_driver_is_started(folder, latents, environment):
     """Ray Train's PlacementGroupCleaner stays for ever where its controller dies before it was told to look."""
-    gc.collect()  # a controller of the tests before stays as long as the frames of its error
+    before = harness.ray_processes("TrainController")  # of trainings in this process, which may keep them
     seen, output = [], f"{folder}/attended"
 
     def has_trained() -> bool:
@@ -199,7 +198,7 @@ def test_nothing_that_would_outlive_a_killed_driver_is_started(folder, latents, 
                           "--checkpoint-every-steps", "10"], environment, when=has_trained)
     assert set(seen) == {None}
     end = time.monotonic() + 40
-    while left := [part for part in ("TrainController", "RayTrainWorker") if harness.ray_process(part)]:
+    while left := {*harness.ray_processes("TrainController"), *harness.ray_processes("RayTrainWorker")} - {*before}:
         assert time.monotonic() < end, left
         time.sleep(0.5)
     assert harness.open_placement_groups() == []
