@@ -11,14 +11,17 @@ from tests.helpers import Page
 
 pytestmark = pytest.mark.ray
 
+SHORT = ["--train.num-steps", "20", "--train.keep-every-steps", "10", "--train.checkpoint-every-steps", "10",
+         "--tune.train.num-steps", "10", "--tune.max-trials", "2", "--tune.evaluate.num-samples", "30",
+         "--tune.evaluate.sampling.num-sampling-steps", "5", "--evaluate.num-samples", "60",
+         "--evaluate.sampling.num-sampling-steps", "5"]
+"""A quickstart in a minute or two."""
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, ray_session) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("quickstart") / "<b>runs & co"
-    command = ["quickstart", "digits", "--output", str(folder), "--train.num-steps", "20", "--train.keep-every-steps", "10",
-               "--train.checkpoint-every-steps", "10", "--tune.train.num-steps", "10", "--tune.evaluate.num-samples", "30",
-               "--tune.max-trials", "2", "--tune.evaluate.sampling.num-sampling-steps", "5",
-               "--evaluate.num-samples", "60", "--evaluate.sampling.num-sampling-steps", "5"]
+    command = ["quickstart", "digits", "--output", str(folder), *SHORT]
     numbers, report = harness.run_here(command).splitlines()
     assert re.match(r"fid_digits_60 [\d.]+  ", numbers)
     assert "label_accuracy_digits_60 " in numbers

@@ -21,6 +21,7 @@ from tests import harness, s3
 from tests.data.pictures import encoded, sample, write_folder, write_parquet, write_tar
 from tests.helpers import Page, make_latents
 from tests.jobs.test_kills import TRAIN
+from tests.jobs.test_quickstart import SHORT
 
 pytestmark = pytest.mark.ray
 
@@ -86,10 +87,7 @@ def test_every_checkpoint_kept_has_an_evaluation_of_its_own(store):
 
 @pytest.mark.slow
 def test_all_four_jobs_and_the_page_come_to_lie_in_the_store(store):
-    command = ["quickstart", "digits", "--output", store.uri("all"), "--train.num-steps", "20", "--train.keep-every-steps",
-               "10", "--train.checkpoint-every-steps", "10", "--tune.train.num-steps", "10", "--tune.max-trials", "2",
-               "--tune.evaluate.num-samples", "30", "--tune.evaluate.sampling.num-sampling-steps", "5",
-               "--evaluate.num-samples", "60", "--evaluate.sampling.num-sampling-steps", "5"]
+    command = ["quickstart", "digits", "--output", store.uri("all"), *SHORT]
     last = harness.run_here(command)
     found = store.objects("all")
     assert last.splitlines()[1] == f"report {store.uri('all/report/index.html')}"
