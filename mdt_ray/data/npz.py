@@ -4,7 +4,7 @@ np.load reads local files only, and a member whole. Which arrays a file must hav
 pictures, evaluation/reference.py for statistics.
 """
 
-import lzma
+import io
 import math
 import struct
 import tokenize
@@ -22,9 +22,15 @@ from mdt_ray import storage
 
 BLOCK_BYTES = 8 * 2**20
 """Read at once: what decompressing holds besides the result."""
+MAX_HEADER_BYTES = 10_000
+"""Of an array. numpy parses no longer ones, but reads them first."""
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""What numpy writes. Of the others zipfile unpacks all that it has read, however little was asked for."""
+_HEADERS = {(1, 0): ("<H", np.lib.format.read_array_header_1_0), (2, 0): ("<I", np.lib.format.read_array_header_2_0)}
+"""Of .npy files by version: the form of their length, and what parses length and header."""
 _LOCAL_HEADER = "<26xHH"  # of a zip member: the lengths of its name and extra field, which the directory may give otherwise
 # What zipfile raises for hostile bytes; RuntimeError where they are encrypted or compressed in a way that it does not know.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error, RuntimeError)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, struct.error, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,11 @@ class Archive:
 
     def open(self, key: str) -> Any:
         """The member, decompressed: header, then data."""
-        return self.zip.open(self.info(key))
+        info = self.info(key)
+        if info.compress_type not in _COMPRESSIONS:
+            raise ValueError(f"{self.uri}: {key} is compressed in a way that numpy does not write; save it with np.savez or "
+                             "np.savez_compressed")
+        return self.zip.open(info)
 
 
 @dataclass(frozen=True)
@@ -111,12 +121,15 @@ def read_header(archive: Archive, key: str) -> Header:
 def _parse_header(stream: BinaryIO, uri: str, key: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
         version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(stream)
-        if version == (2, 0):
-            return np.lib.format.read_array_header_2_0(stream)
-        raise ValueError(f"version {version}")  # 3.0 is for names of fields, which no array here has
-    except (ValueError, tokenize.TokenError, MemoryError) as error:  # what hostile headers make numpy raise
+        if version not in _HEADERS:
+            raise ValueError(f"version {version}")  # 3.0 is for names of fields, which no array here has
+        length_format, parse = _HEADERS[version]
+        length = stream.read(struct.calcsize(length_format))
+        num_bytes, = struct.unpack(length_format, length)
+        if num_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"of {num_bytes} bytes")
+        return parse(io.BytesIO(length + stream.read(num_bytes)))
+    except (ValueError, struct.error, tokenize.TokenError, MemoryError) as error:  # what hostile headers make numpy raise
         raise ValueError(f"{uri}: {key} has no readable .npy header ({error}); save it with np.savez") from error
 
 

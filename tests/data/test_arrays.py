@@ -173,11 +173,20 @@ def with_shape(shape):
     (b"\x93NUMPY\x01\x00\x08\x00" + b"{'descr'", "no readable .npy header"),
     (b"\x93NUMPY\x01\x00\x10\x27" + b"(" * 10_000, "no readable .npy header"),
     (b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + b" " * 100_000, "no readable .npy header"),
-], ids=range(8))
+    (b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**17) + b" " * 2**17, r"no readable .npy header \(of 131072 bytes\)"),
+    (b"\x93NUMPY\x02\x00\x00", "no readable .npy header"),
+], ids=range(10))
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_members_that_are_not_what_their_header_says_are_refused(tmp_path, data, message, compression):
     path = zipped(tmp_path / "x.npz", {"arr_0.npy": data}, compression)
     with pytest.raises(ValueError, match=rf"{path}: arr_0 .*({message})"):
+        arrays.open_npz(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compression_that_unpacks_without_bounds_is_refused(tmp_path, compression):
+    path = zipped(tmp_path / "x.npz", {"arr_0.npy": npy(pictures())}, compression)
+    with pytest.raises(ValueError, match=f"{path}: arr_0 is compressed in a way that numpy does not write"):
         arrays.open_npz(path)
 
 
