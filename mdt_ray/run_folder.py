@@ -78,7 +78,8 @@ def check_identity(output: str, run: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def claim(output: str, run: dict[str, Any], above: Claim | None = None) -> Iterator[Claim]:
-    """Hold `output` as its only writer, with `run` written to its run.json; yields what `holds` takes.
+    """Hold `output` as its only writer, with `run` written to its run.json and without what killed runs left half-written
+    in it; yields what `holds` takes.
 
     above: a claim that covers `output` already, and is yielded then. (A trial that outlives a killed sweep must not stop the
     next sweep's.)
@@ -86,6 +87,7 @@ def claim(output: str, run: dict[str, Any], above: Claim | None = None) -> Itera
     """
     check_identity(output, run)
     with contextlib.nullcontext(above) if above else _lock(output) as held:
+        storage.clear_leftovers(output)
         record(output, run)
         yield held
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,8 @@ RETRY_SECONDS = (1.0, 5.0, 20.0)
 """Waited before a store is asked again."""
 REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_UPLOAD")
 """In the errors of stores that would say the same again."""
+TEMPORARY = ".tmp-"
+"""In the names of what is not whole yet, or of no use for longer than a run."""
 FULL_BYTES = 2**20
 """A disk with less room than this was full when a write failed."""
 
@@ -274,7 +276,7 @@ def remove(uri: str) -> None:
 
 def _temporary(path: str) -> str:
     """A name of a writer's own (a process id is not unique among hosts that share a disk), for `clear_leftovers` to know."""
-    return f"{path}.tmp-{uuid.uuid4().hex}"
+    return f"{path}{TEMPORARY}{uuid.uuid4().hex}"
 
 
 def scratch() -> Path:
@@ -300,10 +302,11 @@ def discard(path: Path) -> None:
 
 
 def clear_leftovers(uri: str) -> None:
-    """Delete what killed writers left half-written in a folder on a local disk. For its one owner."""
-    if is_local(uri):
-        for path in Path(resolve(uri)[1]).glob("*.tmp-*"):
-            discard(path)
+    """Delete what killed writers left half-written in a folder, not below it. For its one owner."""
+    for name in list_names(uri):
+        if TEMPORARY in name:
+            with suppress(OSError):  # a writer that outlives its run may change it meanwhile; the next run looks again
+                remove(join(uri, name))
 
 
 def sha256(data: bytes) -> str:
@@ -334,19 +337,25 @@ def create_folder(uri: str, *, last: str) -> Iterator[Path]:
                 _upload(fs, file, f"{path}/{file.relative_to(temporary).as_posix()}")
 
 
-def fetch_folder(uri: str, local: str | Path) -> Path:
-    """The folder as a local path: itself where it is local already, else a copy under `local`. Raises ValueError for a
-    file whose name would leave that."""
+@contextmanager
+def fetched(uri: str) -> Iterator[Path]:
+    """The folder as a local path: itself where it is local already, else a copy that goes where the block ends. Raises
+    ValueError for a file whose name would leave that."""
     fs, path = resolve(uri)
     if isinstance(fs, pafs.LocalFileSystem):
-        return Path(path)
-    for info in patiently(fs, lambda: fs.get_file_info(pafs.FileSelector(path, recursive=True))):
-        if info.type == pafs.FileType.File:
-            name = Path(info.path).relative_to(path)
-            if ".." in name.parts:
-                raise ValueError(f"{uri}: holds a file {str(name)!r}, which is outside of it; delete that")
-            _download(fs, info.path, Path(local) / name)
-    return Path(local)
+        yield Path(path)
+        return
+    copy = scratch()
+    try:
+        for info in patiently(fs, lambda: fs.get_file_info(pafs.FileSelector(path, recursive=True))):
+            if info.type == pafs.FileType.File:
+                name = Path(info.path).relative_to(path)
+                if ".." in name.parts:
+                    raise ValueError(f"{uri}: holds a file {str(name)!r}, which is outside of it; delete that")
+                _download(fs, info.path, copy / name)
+        yield copy
+    finally:
+        discard(copy)
 
 
 def _download(fs: pafs.FileSystem, path: str, target: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from mdt_ray import config_io, presets, run_folder, storage
 from mdt_ray.cli import parse
 from mdt_ray.config import ModelConfig, OptimConfig, SamplingConfig, SweepConfig, TrainConfig, TuneConfig, WorkersConfig
+from tests import s3
 
 
 def test_round_trip_through_json():
@@ -157,6 +158,18 @@ def test_a_claim_that_was_taken_over_no_longer_holds(tmp_path):
         storage.write_json(storage.join(output, "lock.json"), lock | {"token": "another"})
         assert not run_folder.holds(claim)
     assert not run_folder.holds(claim)
+
+
+@pytest.mark.parametrize("kind", ["disk", "store"])
+def test_what_a_killed_run_left_half_written_goes_with_the_next(tmp_path, monkeypatch, kind):
+    s3.give_keys(monkeypatch)
+    with s3.serve() as store:
+        output = store.uri("out") if kind == "store" else str(tmp_path)
+        for name in ("results.json.tmp-1", "preflight.tmp-2/driver", "results.json", "sub/x.tmp-3"):
+            storage.write_bytes(storage.join(output, name), b"x")
+        with run_folder.claim(output, run_folder.describe("train", TrainConfig(), {})):
+            assert storage.list_names(output) == ["lock.json", "results.json", "run.json", "sub"]
+        assert storage.list_names(storage.join(output, "sub")) == ["x.tmp-3"], "which may be another's"
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):

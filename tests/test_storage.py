@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 
 from mdt_ray import storage, tables
 from tests import s3
+from tests.conftest import ROOT
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path):
@@ -110,7 +112,8 @@ def test_folders_are_created_whole(tmp_path):
         assert (final / "sub" / "x").read_text() == "x"
         (final / "old").write_text("")  # not of the folder that comes in its place
         assert storage.list_names(str(tmp_path / "out")) == ["final"]
-    assert storage.fetch_folder(str(final), "unused") == final
+    with storage.fetched(str(final)) as there:
+        assert there == final
 
 
 def test_folders_in_a_store_are_created_whole(monkeypatch):
@@ -161,6 +164,7 @@ def test_remove_takes_files_folders_and_nothing(tmp_path):
     assert storage.list_names(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_a_store_that_refuses_for_a_while_loses_nothing(monkeypatch):
     """Longer than the SDK itself tries (some 6 s): what is there stays, and the write comes after all."""
     s3.give_keys(monkeypatch)
@@ -202,17 +206,31 @@ def test_an_object_that_is_replaced_while_it_is_read_is_read_again(monkeypatch, 
 def test_a_folder_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
     s3.give_keys(monkeypatch)
     monkeypatch.setattr(storage, "RETRY_SECONDS", (1.0, 1.0, 1.0))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with s3.serve() as store, s3.forwarded(store) as line:
         store.put("a/sub/x", b"x")
         store.put("a/y", b"")
-        with line.cut(7.0):
-            storage.fetch_folder(line.uri("a"), tmp_path / "to" / "there")
-        assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == \
-            ["to/there/sub/x", "to/there/y"]
-        store.put("a/../../../evil", b"evil")
-        with pytest.raises(ValueError, match=r"holds a file '../../../evil', which is outside of it; delete that"):
-            storage.fetch_folder(store.uri("a"), tmp_path / "to" / "there")
-        assert [p.name for p in tmp_path.iterdir()] == ["to"]
+        with line.cut(7.0), storage.fetched(line.uri("a")) as there:
+            assert sorted(p.relative_to(there).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == ["sub/x", "y"]
+        store.put("a/../../evil", b"evil")
+        with pytest.raises(ValueError, match=r"holds a file '../../evil', which is outside of it; delete that"), \
+                storage.fetched(store.uri("a")):
+            raise AssertionError
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_of_a_killed_process_goes_with_the_next(monkeypatch, tmp_path):
+    s3.give_keys(monkeypatch)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with s3.serve() as store:
+        store.put("a/x", b"x")
+        code = ("import os, sys\nfrom mdt_ray import storage\nwith storage.fetched(sys.argv[1]) as there:\n"
+                "    assert (there / 'x').is_file()\n    os.kill(os.getpid(), 9)")
+        killed = subprocess.run([sys.executable, "-c", code, store.uri("a")], cwd=ROOT,
+                                env=os.environ | {"TMPDIR": str(tmp_path)})
+        assert (killed.returncode, len(list(tmp_path.iterdir()))) == (-9, 1)
+        with storage.fetched(store.uri("a")) as there:
+            assert list(tmp_path.iterdir()) == [there]
 
 
 def test_a_write_that_broke_off_leaves_no_part_of_it(monkeypatch):

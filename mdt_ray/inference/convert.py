@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +69,7 @@ def _read_diffusers(folder: str) -> Weights:
     config = storage.read_json(storage.join(folder, "config.json"))
     if config.get("_class_name") != "DiTTransformer2DModel":
         raise ValueError(f"source = {folder!r}: holds a {config.get('_class_name')}, not a DiTTransformer2DModel")
-    with tempfile.TemporaryDirectory() as parent:
-        local = storage.fetch_folder(folder, parent)
+    with storage.fetched(folder) as local:
         model = _diffusers_dit().from_pretrained(local, low_cpu_mem_usage=False)
     known = {"num_heads": config["num_attention_heads"], "input_size": config["sample_size"]}
     tensors = model.state_dict()

@@ -5,7 +5,6 @@ B batch, C latent channels, h x w latent, H x W image.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,8 +37,7 @@ def load_model(checkpoint: str, weights: str) -> MDT | DiT:
     from mdt_ray.models import CLASSES  # imports diffusers, which takes seconds: not where a checkpoint is only named
 
     check_weights(checkpoint, weights)
-    with tempfile.TemporaryDirectory() as parent:
-        folder = storage.fetch_folder(storage.join(checkpoint, weights), parent)
+    with storage.fetched(storage.join(checkpoint, weights)) as folder:
         checkpoints.check_part(checkpoint, weights, folder)
         name = storage.read_json(str(folder / "config.json"))["_class_name"]
         return CLASSES[name].from_pretrained(folder, low_cpu_mem_usage=False).eval().requires_grad_(False)

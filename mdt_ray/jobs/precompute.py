@@ -58,8 +58,7 @@ def precompute(config: PrecomputeConfig) -> Manifest:
             listings.write_parts(plan, listing, cut(listing, source.kind, config.chunk_size))
         if not storage.exists(storage.join(config.output, SOURCE)):
             sources.write_files(storage.join(config.output, SOURCE), source)
-        for folder in (config.output, storage.join(config.output, "chunks")):
-            storage.clear_leftovers(folder)
+        storage.clear_leftovers(storage.join(config.output, "chunks"))
         _, sizes, names = listings.read_parts(plan, [])
         return _encode_missing(config, source, run, claim, sizes, names)
 

@@ -54,7 +54,7 @@ def check_nodes(config: TrainConfig, manifest: Manifest) -> None:
     """
     session.require_room(config.workers)
     began, asked = time.monotonic(), worker_nodes(config.workers)
-    folder = storage.join(config.output, f"preflight.tmp-{uuid.uuid4().hex}")
+    folder = storage.join(config.output, f"preflight{storage.TEMPORARY}{uuid.uuid4().hex}")
     with _token(folder, asked) as token:
         failures = _ask(asked, (config.latents, manifest.files[0], manifest.content, folder, token,
                                 config.workers.gpus_per_worker > 0))

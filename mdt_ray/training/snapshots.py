@@ -8,7 +8,6 @@
 
 import itertools
 import json
-import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -105,13 +104,12 @@ def add_up(stored: list[Stored], coefficients: np.ndarray) -> MDT | DiT:
     sums: list[torch.Tensor] = []
     terms = zip(stored, coefficients, strict=True)
     for uri, group in itertools.groupby(terms, key=lambda term: term[0].uri):
-        with tempfile.TemporaryDirectory() as parent:
-            folder = str(storage.fetch_folder(uri, parent))
-            fault = checkpoints.damage(folder)
+        with storage.fetched(uri) as folder:
+            fault = checkpoints.damage(str(folder))
             if fault:
                 raise ValueError(f"{uri}: damaged ({fault}); bring it back, or delete that folder to do without it")
             for term, coefficient in group:
-                model = load_model(folder, term.name)
+                model = load_model(str(folder), term.name)
                 sums = sums or [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
                 for total, parameter in zip(sums, model.parameters(), strict=True):
                     total.add_(parameter, alpha=float(coefficient))

@@ -10,7 +10,6 @@
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -98,8 +97,7 @@ def restore(state: TrainState, uri: str) -> None:
 
 def _read(state: TrainState, uri: str) -> tuple[dict, dict]:
     """Fill the modules and the history; returns state.json's content and the optimiser's state."""
-    with tempfile.TemporaryDirectory() as parent:
-        folder = storage.fetch_folder(uri, parent)
+    with storage.fetched(uri) as folder:
         for name, module in {"model": state.model, **state.averages}.items():
             module.load_state_dict(type(module).from_pretrained(folder / name, low_cpu_mem_usage=False).state_dict())
         state.history[:] = checkpoints.read_metrics(str(folder / "metrics.parquet"))
