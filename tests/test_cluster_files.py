@@ -306,8 +306,10 @@ def test_the_policy_lets_in_only_ray_itself_and_the_operator():
     assert policy["policyTypes"] == ["Ingress"]
     own, operator = policy["ingress"]
     assert own == {"from": [{"podSelector": {"matchLabels": chosen}}]}
-    [peer] = operator["from"]  # one peer with both selectors: two peers would let in the whole namespace
-    assert peer.keys() == {"namespaceSelector", "podSelector"}
+    # One peer with both selectors: two peers would let in the whole namespace.
+    assert operator["from"] == [{
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ray-system"}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}}]
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
     head = cluster()["spec"]["headGroupSpec"]
     assert head["serviceType"] == "ClusterIP"
@@ -442,6 +444,9 @@ FAKES = {
     "srun": 'while [[ "$1" == -* ]]; do shift; done\necho "srun $*" >> "$LOG"\nexec "$@"',
     "scontrol": 'echo "scontrol $*" >> "$LOG"',
     "hostname": "echo 192.0.2.7",
+    # Of a Ray of paper, nodes cannot be counted.
+    "python": 'if [ "$1" = - ]; then echo "nodes $2 at $RAY_ADDRESS" >> "$LOG"; exit "${MISSING:-0}"; fi\n'
+              f'exec {sys.executable} "$@"',
     "ray": 'echo "ray $*" >> "$LOG"\n'
            'echo "mode $RAY_AUTH_MODE token ${#RAY_AUTH_TOKEN}" >> "$LOG"\n'
            'if [ "$1" = health-check ]; then exit "${UNHEALTHY:-0}"; fi\nexec sleep 60',
@@ -491,6 +496,7 @@ def test_slurm_starts_ray_with_a_token_and_hands_on_the_code(tmp_path):
     assert "--dashboard-host=127.0.0.1" in head
     assert "--address=192.0.2.7:6379" in worker
     assert {line for line in lines if line.startswith("mode")} == {"mode token token 64"}
+    assert "nodes 2 at 192.0.2.7:6379" in lines
     assert "driver --latents a b at 192.0.2.7:6379" in lines
     assert not any(line.startswith("scontrol") for line in lines)
 
@@ -519,6 +525,12 @@ def test_slurm_says_where_the_head_does_not_answer(tmp_path):
     code, lines = Slurm(tmp_path, UNHEALTHY="1").end()
     assert code == 1
     assert "Ray's head does not answer at 192.0.2.7:6379" in lines
+    assert not any(line.startswith("driver") for line in lines)
+
+
+def test_slurm_does_not_begin_without_all_nodes(tmp_path):
+    code, lines = Slurm(tmp_path, MISSING="1").end()
+    assert code == 1
     assert not any(line.startswith("driver") for line in lines)
 
 
