@@ -15,7 +15,8 @@ import boto3
 import pyarrow.fs as pafs
 import pytest
 
-KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_EC2_METADATA_DISABLED": "true"}
+SECRET = "nobody-may-write-this-down"
+KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
 BUCKET = "pictures"
 
 
@@ -30,7 +31,7 @@ class Store:
 
     def __init__(self, endpoint: str):
         self.endpoint = endpoint
-        self.fs = pafs.S3FileSystem(access_key="testing", secret_key="testing", endpoint_override=endpoint,
+        self.fs = pafs.S3FileSystem(access_key="testing", secret_key=SECRET, endpoint_override=endpoint,
                                     region="us-east-1", allow_bucket_creation=True, allow_bucket_deletion=True)
         self.fs.create_dir(BUCKET)
 
@@ -64,7 +65,7 @@ class Store:
     def put(self, path: str, data: bytes) -> None:
         """Under any name (that pyarrow would not give some, others may)."""
         client = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1", aws_access_key_id="testing",
-                              aws_secret_access_key="testing")
+                              aws_secret_access_key=SECRET)
         client.put_object(Bucket=BUCKET, Key=path, Body=data)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mdt_ray import cli
+from mdt_ray.jobs import quickstart
 from tests import harness
 from tests.helpers import Page
 
@@ -16,6 +18,15 @@ SHORT = ["--train.num-steps", "20", "--train.keep-every-steps", "10", "--train.c
          "--tune.evaluate.sampling.num-sampling-steps", "5", "--evaluate.num-samples", "60",
          "--evaluate.sampling.num-sampling-steps", "5"]
 """A quickstart in a minute or two."""
+
+
+def test_each_stage_has_resources_of_its_own():
+    stages = ("precompute", "train", "tune.train", "tune.evaluate", "evaluate")
+    words = [word for k, stage in enumerate(stages) for word in (f"--{stage}.workers.num-workers", str(k + 2))]
+    config = quickstart.resolve(cli.parse("quickstart", ["digits", *words]).settings)
+    found = (config.precompute, config.train, config.tune.train, config.tune.evaluate, config.evaluate)
+    assert [stage.workers.num_workers for stage in found] == [2, 3, 4, 5, 6]
+    assert quickstart.evaluations_of(config)["guided"].workers.num_workers == 6
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_every_checkpoint_kept_has_an_evaluation_of_its_own(store):
 
 
 @pytest.mark.slow
-def test_all_four_jobs_and_the_page_come_to_lie_in_the_store(store):
+def test_all_four_jobs_and_the_page_come_to_lie_in_the_store(store, caplog):
     command = ["quickstart", "digits", "--output", store.uri("all"), *SHORT]
     last = harness.run_here(command)
     found = store.objects("all")
@@ -98,6 +98,8 @@ def test_all_four_jobs_and_the_page_come_to_lie_in_the_store(store):
               if re.fullmatch(r"evaluate/unguided-step-\d+/metrics.json", name)]
     assert judged == [0, 10, 20]
     assert not [name for name in found if "?" in name or ".tmp-" in name or name.endswith("lock.json")]
+    for name, data in (*found.items(), ("the log", caplog.text.encode()), ("the output", last.encode())):
+        assert s3.SECRET.encode() not in data, name
     before = store.times("all")
     assert harness.run_here(command) == last
     assert store.times("all") == before, "a finished job changes nothing"

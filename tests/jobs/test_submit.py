@@ -13,7 +13,7 @@ from ray._private.runtime_env.packaging import create_package
 from mdt_ray import checkpoints, cli
 from mdt_ray.config import SubmitConfig
 from mdt_ray.jobs import submit
-from tests import clusters, harness
+from tests import clusters, harness, s3
 from tests.conftest import ROOT
 from tests.helpers import make_latents
 from tests.jobs.test_kills import TRAIN
@@ -159,13 +159,17 @@ def test_a_detached_job_is_listed_and_stopped_and_goes_on(head, tmp_path):
     """From a folder that does not have the package."""
     train = training(tmp_path)
     long = [*train, "--num-steps", "100000", "--checkpoint-every-steps", "10"]
-    detached = run(head, "--detach", "--name", "long", *long, cwd=tmp_path)
+    detached = run(head, "--detach", "--name", "long", *long, cwd=tmp_path, AWS_SECRET_ACCESS_KEY=s3.SECRET)
     assert detached.returncode == 0, detached.stderr
     assert f"stop it: mdt-ray submit stop long --address {head.address}" in detached.stdout
     end = time.monotonic() + 120
     while checkpoints.newest_step(f"{tmp_path}/run") < 20:
         assert time.monotonic() < end, run(head, "logs", "long").stderr
         time.sleep(0.5)
+    known = subprocess.run([str(harness.RAY), "job", "list", "--address", head.address], env=head.environment, text=True,
+                           capture_output=True, check=True, timeout=120).stdout
+    assert "--batch-size" in known
+    assert s3.SECRET not in known
     listed = run(head, "list").stdout.splitlines()
     assert listed[1].split()[:2] == ["long", "running"]
     stopped = run(head, "stop", "long")
@@ -250,8 +254,8 @@ def test_every_pipeline_runs_from_an_uploaded_working_directory(head, tmp_path):
                    f"pipelines/{name}.py", "digits", *words]
         done = subprocess.run(command, env=head.environment, cwd=ROOT, text=True, capture_output=True, timeout=400)
         assert done.returncode == 0, f"{name}: {done.stdout[-3000:]}{done.stderr[-1000:]}"
-    for folder in (tmp_path, tmp_path / "all"):
-        assert (folder / "precompute" / "manifest.json").is_file()
+    for folder, encoded in ((tmp_path, "precompute"), (tmp_path / "all", "latents")):
+        assert (folder / encoded / "manifest.json").is_file()
         assert checkpoints.newest_step(str(folder / "train")) == 10
         assert (folder / "tune" / "results.json").is_file()
     assert (tmp_path / "evaluate" / "metrics.json").is_file()
