@@ -125,26 +125,27 @@ def test_entry_points_run_from_a_working_directory_that_is_not_installed(tmp_pat
         assert "starts from nothing" in done.stdout
 
 
-def test_what_would_go_with_an_uploaded_working_directory_is_refused(tmp_path):
+def test_what_would_go_with_an_uploaded_working_directory_is_refused(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "working_dir_files" / "_ray_pkg_0123"  # where Ray unpacks it on the cluster
     folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
     for words, text in ((["--output", "runs/x"], "on the cluster that is in a temporary folder; name a bucket"),
                         (["--output", str(tmp_path / "x"), "--latents", "nowhere"], "no manifest.json")):
-        done = subprocess.run([sys.executable, str(ROOT / "pipelines" / "train.py"), "digits", *words], cwd=folder,
-                              capture_output=True, text=True)
-        assert done.returncode == 1
-        assert text in done.stderr
+        code, _, error = run("train", "digits", *words, capsys=capsys)
+        assert code == 1
+        assert text in error
     assert not list(folder.iterdir())
 
 
-def test_what_a_sweep_would_run_is_said_and_checked(tmp_path):
+def test_what_a_sweep_would_run_is_said_and_checked(tmp_path, monkeypatch, capsys):
     make_latents(tmp_path / "latents")
-    words = [sys.executable, str(ROOT / "pipelines" / "tune.py"), "digits", "--dry-run", "--num-seeds", "2"]
-    done = subprocess.run([*words, "--train.latents", "latents"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    words = ["tune", "digits", "--dry-run", "--num-seeds", "2"]
+    code, out, error = run(*words, "--train.latents", "latents", capsys=capsys)
+    assert code == 0, error
     assert ("mask_ratio_decoder_depth: 8 trials with 2 seeds each, of which 0 have ended; ranked by fid_digits_300; "
-            "search grid, scheduler none\n") in done.stdout
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "runs/digits/latents: no manifest.json, so no finished latents" in done.stderr
+            "search grid, scheduler none\n") in out
+    code, _, error = run(*words, capsys=capsys)
+    assert code == 1
+    assert "runs/digits/latents: no manifest.json, so no finished latents" in error
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]

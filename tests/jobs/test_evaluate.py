@@ -320,6 +320,7 @@ def test_a_sweep_draws_its_frontier(checkpoint, ray_session, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_reference_is_built_by_the_pool(ray_session, tmp_path):
     settings = ReferenceConfig(source="digits", output=str(tmp_path / "a"), image_size=32, extractor="digits",
                                workers=WorkersConfig(num_workers=2, cpus_per_worker=0.5))

@@ -44,6 +44,7 @@ def small(**changes) -> PlanConfig:
     return config_io.override(SMALL, {name.replace("__", "."): value for name, value in changes.items()})
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_data_writes_nothing_and_starts_no_ray(tmp_path):
     code = ("import sys\nfrom mdt_ray import cli\n"
             "code = cli.main(['plan', 'imagenet256-xl-2', '--workers.num-workers', '64'])\n"

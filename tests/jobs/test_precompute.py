@@ -248,12 +248,18 @@ def test_a_finished_precompute_does_nothing_and_a_damaged_file_is_rebuilt(finish
     after = times()
     changed = [os.path.basename(p) for p in before if before[p] != after[p] and p.endswith("parquet")]
     assert sorted(changed) == ["chunk-00001.parquet", "rejected.parquet"]
-    for name in ("manifest.json", path.name, "rejected.parquet", "source.parquet"):
+
+
+@pytest.mark.slow
+def test_what_was_deleted_of_a_finished_precompute_is_made_again(finished, tmp_path, ray_session):
+    shutil.copytree(finished / "out", tmp_path / "out")
+    config, first = encoding(finished / "source", tmp_path / "out"), latents.open_manifest(str(finished / "out"))
+    before = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").iterdir()}
+    for name in ("manifest.json", first.files[1].name, "rejected.parquet", "source.parquet"):
         (tmp_path / "out" / name).unlink()
     (tmp_path / "out" / "chunk-00000.parquet.tmp-1234").write_bytes(b"left by a kill")
     assert precompute(config) == first
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {os.path.basename(p) for p in before if "/chunks/" not in p} | {
-        "chunks"}
+    assert {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").iterdir()} == before
     (tmp_path / "out" / "rejected.parquet").unlink()
     assert precompute(config) == first
     assert (tmp_path / "out" / "rejected.parquet").exists()
