@@ -1,4 +1,4 @@
-"""WebDataset tars: which samples a tar holds and where their pictures lie in it. Reads headers and labels, no picture."""
+"""WebDataset tars: which samples a tar holds and where their pictures lie in it. Unpacks headers and labels, no picture."""
 
 import io
 import json
@@ -6,10 +6,15 @@ import tarfile
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.fs as pafs
+
 from mdt_ray import storage
 
 MAX_LABEL_BYTES = 2**20
 """Of a member that holds a label."""
+SEEK_BYTES, STREAM_BYTES = 2**17, 2**23
+"""Read at once, of a disk and of a store: a disk skips most pictures; in a store, to read them takes less time than to ask for
+each header."""
 JSON_LABELS = ("label", "cls", "class_id", "class")
 """Keys of a sample's .json that may hold its label; the first that is there counts."""
 
@@ -36,7 +41,7 @@ def scan(folder: str, name: str, image_suffixes: frozenset[str]) -> list[Sample]
     try:
         with fs.open_input_file(path) as handle:
             length, end = handle.size(), 0
-            reader = io.BufferedReader(handle, 2**17)
+            reader = io.BufferedReader(handle, SEEK_BYTES if isinstance(fs, pafs.LocalFileSystem) else STREAM_BYTES)
             with tarfile.open(fileobj=reader, mode="r:") as tar:
                 for member in tar:
                     tar.members = []  # tarfile keeps every header otherwise

@@ -472,6 +472,17 @@ def test_labels_of_any_length_are_not_read_from_tars(tmp_path):
     refused(tmp_path, r"'b.cls' has 1048577 bytes, and a label at most 1048576")
 
 
+def test_listing_a_tar_in_a_store_takes_no_request_a_picture(tmp_path, monkeypatch):
+    s3.give_keys(monkeypatch)
+    write_tar(tmp_path / "p" / "a.tar", [m for i in range(100) for m in sample(f"{i:02d}", os.urandom(200_000), 0)])
+    with s3.serve() as store, s3.forwarded(store) as line:
+        store.upload(tmp_path / "p", "p")
+        source = sources.open_source(line.uri("p"))
+        line.requests.clear()
+        assert listings.list_images(source).table.num_rows == 100
+        assert len(line.requests) <= 10
+
+
 @pytest.mark.slow
 def test_parquet_and_listings_are_read_on_when_a_store_answers_again(tmp_path, monkeypatch):
     """Its line is cut while a file is read, for longer than the SDK tries."""
