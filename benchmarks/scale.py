@@ -65,13 +65,11 @@ def chunks(quick: bool) -> dict[str, float]:
     for row in sorted(rows, key=lambda row: row["began"]):
         by_process.setdefault(row["process"], []).append(row)
     assert len(by_process) == actors
-    gaps = [after["began"] - before["ended"] for mine in by_process.values()
-            for before, after in itertools.pairwise(mine)]
     # From when all are there; before, the chunks of those that are late lie with those that are not.
-    full = max(mine[0]["began"] for mine in by_process.values())
-    late = [row for row in rows if row["began"] >= full]
-    last = max(row["ended"] for row in rows)
-    busy = sum(row["ended"] - row["began"] for row in late) / (actors * (last - full))
+    full, last = max(mine[0]["began"] for mine in by_process.values()), max(row["ended"] for row in rows)
+    gaps = [after["began"] - before["ended"] for mine in by_process.values()
+            for before, after in itertools.pairwise(mine) if before["ended"] >= full]
+    busy = sum(max(row["ended"] - max(row["began"], full), 0) for row in rows) / (actors * (last - full))
     return {"actors": actors, "chunks": count, "first_chunk_begins_after_seconds": min(r["began"] for r in rows) - started,
             "all_actors_after_seconds": full - started,
             "gap_between_chunks_ms_median": 1000 * statistics.median(gaps),
@@ -94,16 +92,16 @@ def files(quick: bool) -> dict[str, float]:
 def _folder_of(folder: str, count: int, prefix: str) -> dict[str, float]:
     """Seconds of what a driver does with so many files."""
     data = b"x" * 64
-    listed = [LatentFile(name=latents.file_name(k), num_rows=64, num_bytes=len(data), sha256=storage.sha256(data),
-                         rows_per_group=64, validation_rows=[5]) for k in range(count)]
-    manifest = Manifest(identity="x", shape=[4, 32, 32], image_size=256, vae={}, num_classes=1, class_counts=[64 * count],
+    listed = [LatentFile(name=latents.file_name(k), num_rows=4096, num_bytes=len(data), sha256=storage.sha256(data),
+                         rows_per_group=128, validation_rows=list(range(0, 4096, 100))) for k in range(count)]
+    manifest = Manifest(identity="x", shape=[4, 32, 32], image_size=256, vae={}, num_classes=1, class_counts=[4096 * count],
                         class_names=["x"], flip=False, files=listed)
     sums = {"count": 1, "sum": [0.0] * 4, "sum_of_squares": [1.0] * 4}
 
     def write(k: int) -> None:
         storage.write_bytes(storage.join(folder, listed[k].name), data)
         storage.write_json(precompute.entry_uri(folder, k), {
-            "run": "x", "file": dataclasses.asdict(listed[k]), "class_counts": {"0": 64}, "sums": sums, "rejected": []})
+            "run": "x", "file": dataclasses.asdict(listed[k]), "class_counts": {"0": 4096}, "sums": sums, "rejected": []})
 
     def seconds(do) -> float:
         started = time.perf_counter()

@@ -1,5 +1,5 @@
 """The tables of docs/scale.md: what limits the four jobs on 8, 64 and 512 GPUs, by arithmetic. Nothing here is measured.
-All of it in bf16; the presets' own precision is slower (see there).
+All of it in bf16 but for an evaluation's decoding; the presets' own precision is slower (see there).
 
     python benchmarks/scale_model.py
 
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdt_ray import config_io, presets
 from mdt_ray.config import PlanConfig
 from mdt_ray.data import latents
+from mdt_ray.data.order import NUM_SLOTS
 from mdt_ray.jobs import plan_train
 from mdt_ray.training import cost
 
@@ -21,16 +22,22 @@ GPU_FLOPS = 0.35 * 989e12
 """Of an H100 in bf16, and the share that training reaches (as `mdt-ray plan` assumes)."""
 VAE_SHARE = 0.7
 """Of that, what convolutions of an autoencoder reach."""
+DECODING_FLOPS = 0.35 * 67e12
+"""An evaluation decodes in fp32, whatever its precision: the grey levels are part of what is judged."""
 NVLINK, FABRIC, ETHERNET = 300e9, 300e9, 12.5e9
 """Bytes/s of an all-reduce (bus bandwidth): in a node, over eight cards of 400 Gb/s a node, over one of 100 Gb/s a node."""
 GPUS_PER_NODE = 8
 BACKWARD = 2 / 3
-"""Share of a step in which gradients come, and may travel."""
+"""Share of a step's two passes in which gradients come, and may travel."""
+UPDATE_SECONDS = 11e-3 / 2.8e9
+"""Of a step, for each byte of gradients: AdamW and the average of the weights, as measured (benchmarks/RESULTS.md)."""
 JPEG_BYTES, JPEG_PER_CORE = 110e3, 500
 """Of a mean picture of ImageNet; pictures/s that a core decodes and scales (benchmarks/RESULTS.md)."""
 IMAGES, SAMPLES = 1_281_167, 50_000
 START_SECONDS = 60
 """Until all processes run: imports, weights, compilation."""
+NUM_LANES, ROWS_PER_GROUP = 64, 128
+"""Of the presets. Training reads a row group anew for each stretch of a lane that it is cut by (data/order.py)."""
 KEPT_BUSY = 8
 """Chunks a GPU at least, so that the last ones keep no more than about an eighth waiting."""
 
@@ -59,14 +66,16 @@ def train(name: str, images_per_gpu: tuple[int, ...]) -> str:
     row_bytes = latents.row_bytes((4, 32, 32), flip=True)
     rows = []
     for count in images_per_gpu:
-        step = count * found.training_flops / GPU_FLOPS
+        passes = count * found.training_flops / GPU_FLOPS
+        step = passes + UPDATE_SECONDS * found.gradient_bytes
         for gpus in GPUS:
             travel = 2 * (gpus - 1) / gpus * found.gradient_bytes
-            shares = [step / (step + max(travel / bus - BACKWARD * step, 0))
+            shares = [step / (step + max(travel / bus - BACKWARD * passes, 0))
                       for bus in ((NVLINK,) if gpus <= GPUS_PER_NODE else (FABRIC, ETHERNET))]
+            again = NUM_SLOTS * max(NUM_LANES, gpus) / (IMAGES / ROWS_PER_GROUP)
             rate = gpus * count / step * shares[0]
             rows.append([str(gpus), str(count), number(gpus * count), number(1000 * step), number(rate),
-                         number(rate * row_bytes / 1e6), " / ".join(f"{share:.0%}" for share in shares)])
+                         number(rate * row_bytes * (1 + again) / 1e6), " / ".join(f"{share:.0%}" for share in shares)])
     return table(["GPUs", "images a GPU", "batch", "step, ms", "images/s", "read, MB/s", "of it left by the network"], rows)
 
 
@@ -97,16 +106,17 @@ def evaluate(name: str) -> str:
 def tune(name: str, steps: int, batch: int, samples: int) -> str:
     """Trials of a GPU each: so many steps, then a judgement by so many guided samples of 250 steps."""
     found = counted(name)
-    training = steps * batch * found.training_flops / GPU_FLOPS
+    training = steps * (batch * found.training_flops / GPU_FLOPS + UPDATE_SECONDS * found.gradient_bytes)
     seconds = START_SECONDS + training + samples * drawing(found)
-    read = batch * steps / training * latents.row_bytes((4, 32, 32), flip=True)
+    again = NUM_SLOTS * NUM_LANES / (IMAGES / ROWS_PER_GROUP)
+    read = batch * steps / training * latents.row_bytes((4, 32, 32), flip=True) * (1 + again)
     rows = [[str(gpus), number(seconds / 3600), number(gpus * 86400 / seconds), number(gpus * read / 1e9)] for gpus in GPUS]
     return table(["GPUs and trials at a time", "hours a trial", "trials a day", "read, GB/s"], rows)
 
 
 def drawing(found: cost.Cost) -> float:
     """Seconds an image on a GPU: 250 guided steps, and its decoding."""
-    return 2 * 250 * found.inference_flops / GPU_FLOPS + vae_flops()["decode"] / (VAE_SHARE * GPU_FLOPS)
+    return 2 * 250 * found.inference_flops / GPU_FLOPS + vae_flops()["decode"] / (VAE_SHARE * DECODING_FLOPS)
 
 
 def vae_flops() -> dict[str, int]:

@@ -3,6 +3,8 @@
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 
 import numpy as np
@@ -67,3 +69,13 @@ def test_a_stranger_reads_the_latents_in_five_lines(tmp_path, monkeypatch):
                               [4, 4, 4], flip=False)
     assert found["mean"].shape == found["std"].shape == (20, 4, 4, 4)
     assert np.array_equal(found["moments"][:16], ours["moments"])
+
+
+@pytest.mark.slow
+def test_the_tables_of_scale_are_what_its_model_prints():
+    printed = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "scale_model.py")], capture_output=True, text=True,
+                             check=True).stdout
+    document = (ROOT / "docs" / "scale.md").read_text()
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    assert [row for row in rows if row not in document.splitlines()] == []
