@@ -25,7 +25,7 @@ from mdt_ray.data import latents
 from mdt_ray.data.images import Pixels
 from mdt_ray.data.readers import Piece
 from mdt_ray.data.vae import load_vae, to_unit_range
-from mdt_ray.jobs import session
+from mdt_ray.jobs import nodes, session
 from mdt_ray.jobs.decode import decode_piece, read_chunk
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Encoder:
         self.vae = load_vae(self.config.vae, self.device)
         self.dtype = autocast_dtype(self.config.precision, torch.device(self.device))
         self.turn = threading.Lock()
+        self.read_chunk = read_chunk.options(label_selector=nodes.off_the_head())
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         chunk, seconds = item["chunk"], Counter()
@@ -77,7 +78,7 @@ class Encoder:
     def _decoded(self, chunk: int) -> Iterator[Pixels]:
         """The chunk's pieces in order. Reading and decoding begin with the call, and stay a few pieces ahead."""
         config = self.config
-        read = read_chunk.remote(config.output, chunk, self.folder, self.kind, piece_size(config))
+        read = self.read_chunk.remote(config.output, chunk, self.folder, self.kind, piece_size(config))
         ahead: deque[tuple[Any, Any]] = deque()  # a piece, and its pixels to be
 
         def fill() -> None:

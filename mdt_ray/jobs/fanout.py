@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
 from mdt_ray.config import WorkersConfig
-from mdt_ray.jobs import session
+from mdt_ray.jobs import nodes, session
 
 FAILURE, NUMBER = "failure", "number of the item"
 """Columns of a row beside the worker's."""
@@ -113,6 +113,7 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
     """
     if not items:
         return
+    off_the_head = nodes.off_the_head()
     data = ray.data.from_items([item | {NUMBER: k} for k, item in enumerate(items)], override_num_blocks=len(items))
     run = uuid.uuid4().hex
     for place, (worker, arguments, workers, reserves) in enumerate(stages):
@@ -122,10 +123,10 @@ def run_stages(items: list[dict[str, Any]], stages: Sequence[Stage], calls_per_w
         pool = ActorPoolStrategy(size=workers.num_workers,
                                  max_tasks_in_flight_per_actor=calls_per_worker + 1,
                                  max_concurrent_calls_per_actor=calls_per_worker, enable_true_multi_threading=True)
+        num_cpus = None if workers.gpus_per_worker else workers.cpus_per_worker * reserves
         data = data.map_batches(_OneItem, fn_constructor_args=(worker, arguments, f"{run}/{place}"), batch_size=1,
-                                compute=pool,
-                                num_cpus=None if workers.gpus_per_worker else workers.cpus_per_worker * reserves,
-                                num_gpus=workers.gpus_per_worker or None)
+                                compute=pool, num_cpus=num_cpus, num_gpus=workers.gpus_per_worker or None,
+                                label_selector=off_the_head if num_cpus == 0 else None)
     try:
         for row in data.iter_rows():
             if FAILURE in row:

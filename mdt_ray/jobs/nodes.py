@@ -4,9 +4,12 @@ without a public call of Ray's."""
 import ray
 from ray._private import state
 from ray._raylet import PlacementGroupID
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.placement_group import NODE_ID_LABEL_KEY, PlacementGroup, placement_group_table, remove_placement_group
 
 from mdt_ray.config import WorkersConfig
+
+HEAD = "node:__internal_head__"
+"""A resource of the head alone."""
 
 
 def draining() -> set[str]:
@@ -26,6 +29,15 @@ def num_fitting(resources: dict[str, float], workers: WorkersConfig) -> int:
     need = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
     # Ray counts in units of 1e-4: 0.3 CPUs hold three workers of 0.1, whatever the quotient of floats.
     return int(min(resources.get(name, 0) / amount for name, amount in need.items() if amount) + 1e-6)
+
+
+def off_the_head() -> dict[str, str]:
+    """A label selector for what reserves nothing: of all nodes but a head that has no processors to give, where such work
+    would find room too. Empty where the head has some."""
+    for node in ray.nodes():
+        if HEAD in node["Resources"] and not node["Resources"].get("CPU"):
+            return {NODE_ID_LABEL_KEY: f"!{node['NodeID']}"}
+    return {}
 
 
 def reserved() -> set[str]:

@@ -27,6 +27,8 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
 
 from mdt_ray import storage
 from mdt_ray.data.sources import DIGITS
@@ -247,7 +249,9 @@ class Chaos:
                 json.loads(objects[name])
             elif name.endswith(".parquet"):
                 pq.read_table(pa.BufferReader(objects[name]))
-        except (ValueError, OSError):
+            elif name.endswith(".safetensors"):
+                load_safetensors(objects[name])
+        except (ValueError, OSError, SafetensorError):
             return False
         return True
 

@@ -11,6 +11,9 @@ from tests.chaos.rig import Rig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+NO_DRIVERS = (*WORKERS["precompute"], *WORKERS["evaluate"], "ray::RayTrainWorker")
+"""Titles of processes that do the work of a job or of a trial themselves."""
+
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory):
@@ -23,11 +26,13 @@ def chaos(tmp_path_factory):
 def test_a_job_runs_over_hosts_and_a_store(chaos, job):
     """In this order: a job begins with what those before it left in the store."""
     at_work: set[int] = set()
+    on_head: set[str] = set()
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.3):
             at_work.update(k for k, host in enumerate(chaos.rig.hosts) if chaos.rig.find(*WORKERS[job], hosts=[host]))
+            on_head.update(title for title in NO_DRIVERS if chaos.rig.find(title, hosts=chaos.rig.hosts[:1]))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -37,6 +42,7 @@ def test_a_job_runs_over_hosts_and_a_store(chaos, job):
         over.set()
         thread.join()
     assert {1, 2} <= at_work, "both that have processors"
+    assert on_head == set(), "which has none"
     left = chaos.rig.store.objects(f"straight/{job}")
     run = json.loads(left["run.json"])
     assert run["config"]["output"].startswith("s3://")
