@@ -54,22 +54,16 @@ def list_finished(output: str, kind: str = CHECKPOINTS) -> list[str]:
     return [storage.join(folder, n) for n in _named(folder) if storage.exists(storage.join(folder, n, CHECKSUMS))]
 
 
-def damage(uri: str) -> str | None:
-    """What is wrong with a checkpoint on disk, by its checksums; None if nothing is."""
+def damage(folder: str | Path) -> str | None:
+    """What is wrong with a checkpoint's files on this machine, by its checksums; None if nothing is."""
+    file = Path(folder) / CHECKSUMS
+    if not file.is_file():
+        return f"{CHECKSUMS} is missing"
     try:
-        sums = storage.read_json(storage.join(uri, CHECKSUMS))
-        if not isinstance(sums, dict) or not sums:
-            return f"{CHECKSUMS} has no checksums"
-        for name, expected in sums.items():
-            if {"", ".", ".."} & set(name.split("/")):
-                return f"{CHECKSUMS} names {name!r}, which is no file of it"
-            if storage.sha256(storage.read_bytes(storage.join(uri, *name.split("/")))) != expected:
-                return f"{name} does not have its checksum"
-    except FileNotFoundError as error:
-        return f"{error.filename or error} is missing"
-    except ValueError as error:  # the checksums themselves
-        return str(error)
-    return None
+        sums = json.loads(file.read_bytes())
+    except ValueError as error:
+        return f"{CHECKSUMS} is no JSON: {error}"
+    return _first_wrong(sums, Path(folder)) if isinstance(sums, dict) and sums else f"{CHECKSUMS} has no checksums"
 
 
 def check_part(uri: str, part: str, folder: Path) -> None:
@@ -78,29 +72,51 @@ def check_part(uri: str, part: str, folder: Path) -> None:
     if not storage.exists(storage.join(uri, CHECKSUMS)):
         return
     sums = storage.read_json(storage.join(uri, CHECKSUMS))
-    files = [file for file in sums if file.startswith(f"{part}/")] if isinstance(sums, dict) else []
-    wrong = [file for file in files if not (here := folder / file.removeprefix(f"{part}/")).is_file()
-             or storage.sha256(here.read_bytes()) != sums[file]]
-    if wrong or not files:
-        raise ValueError(f"checkpoint {uri}: {wrong[0] if wrong else part} does not have its checksum; bring it back, or "
-                         "take another checkpoint")
+    names = [name for name in sums if name.startswith(f"{part}/")] if isinstance(sums, dict) else []
+    wrong = _first_wrong({name.removeprefix(f"{part}/"): sums[name] for name in names}, folder)
+    if wrong or not names:
+        raise ValueError(f"checkpoint {uri}: {f'{part}/{wrong}' if wrong else f'{CHECKSUMS} names no file of {part}'}; "
+                         "bring it back, or take another checkpoint")
 
 
-def latest(output: str) -> str | None:
-    """The newest undamaged checkpoint of a training output, or None. A damaged one is passed over with a warning.
+def _first_wrong(sums: dict[str, str], folder: Path) -> str | None:
+    """Of files below a folder, what is wrong with the first that is not what its checksum says."""
+    for name, expected in sums.items():
+        if {"", ".", ".."} & set(name.split("/")):
+            return f"{CHECKSUMS} names {name!r}, which is no file of it"
+        file = folder.joinpath(*name.split("/"))
+        if not file.is_file():
+            return f"{name} is missing"
+        if storage.sha256(file.read_bytes()) != expected:
+            return f"{name} does not have its checksum"
+    return None
+
+
+@contextlib.contextmanager
+def newest(output: str) -> Iterator[tuple[str | None, Path | None]]:
+    """The newest undamaged checkpoint of a training output and its files on this machine while the block runs, or twice
+    None. A damaged one is passed over with a warning.
 
     Raises ValueError if there are some and none is whole: to begin anew is not for us to decide.
     """
     found = list_finished(output)
     for uri in reversed(found):
-        fault = damage(uri)
-        if fault is None:
-            return uri
+        with storage.fetched(uri) as folder:
+            fault = damage(folder)
+            if fault is None:
+                yield uri, folder
+                return
         logger.warning("checkpoint %s is damaged (%s); taking the one before it", uri, fault)
     if found:
         raise ValueError(f"{output}: none of its {len(found)} checkpoints is whole; bring one back, or delete the folder to "
                          "begin anew")
-    return None
+    yield None, None
+
+
+def latest(output: str) -> str | None:
+    """The URI of `newest`."""
+    with newest(output) as (uri, _):
+        return uri
 
 
 def drop_after(output: str, step: int) -> None:

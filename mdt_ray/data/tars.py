@@ -13,8 +13,8 @@ from mdt_ray import storage
 MAX_LABEL_BYTES = 2**20
 """Of a member that holds a label."""
 SEEK_BYTES, STREAM_BYTES = 2**17, 2**23
-"""Read at once, of a disk and of a store: a disk skips most pictures; in a store, to read them takes less time than to ask for
-each header."""
+"""Read at once, of a disk and of a store: a disk skips most pictures; of a store, to read them takes less time than to ask
+for each header."""
 JSON_LABELS = ("label", "cls", "class_id", "class")
 """Keys of a sample's .json that may hold its label; the first that is there counts."""
 

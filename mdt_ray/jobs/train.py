@@ -70,8 +70,9 @@ def _begun_with(config: TrainConfig) -> str | None:
 
 
 def is_finished(config: TrainConfig) -> bool:
-    """Whether a checkpoint of config.num_steps or beyond is there."""
-    return checkpoints.steps_done(config.output) >= config.num_steps
+    """Whether an undamaged checkpoint of config.num_steps or beyond is there. (By their names first: to look for damage
+    is to read gigabytes.)"""
+    return all(steps(config.output) >= config.num_steps for steps in (checkpoints.newest_step, checkpoints.steps_done))
 
 
 def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None, wish: Wish | None = None,

@@ -1,10 +1,12 @@
 """What a worker of a training run does between being started and the loop. No Ray: any launcher may call `run_rank`."""
 
+import contextlib
 import functools
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -116,28 +118,32 @@ def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.d
     which rank 0 writes."""
     torch.manual_seed(config.seed)  # the weights' initial values; every other draw has a generator of its own
     model = build_model(config.model, config.loss.passes).train().to(device)
-    found, started_from = _newest(config.output), None
-    if config.init_from and not found:
-        if rank == 0:
-            done, started_from = transfer(model, load_any(config.init_from)), origin_of(config.init_from)
-            text = "\n  ".join([f"started from {config.init_from}:", *done.lines()])
-            logger.info("%s", text)
-            storage.write_bytes(storage.join(config.output, INIT_FROM), f"{text}\n".encode())
-        ranks.share(model.state_dict().values())
-    averages = build_averages(model, config.ema)
-    state = TrainState(model=model, ema=averages.pop("ema"), more_ema=averages,
-                       optimizer=build_optimizer(model, config.optim, config.compile))
-    if found:
-        states.restore(state, found)
-        started_from = storage.read_json(storage.join(found, "state.json")).get("started_from") if rank == 0 else None
+    started_from = None
+    with _newest(config.output) as (found, files):
+        if config.init_from and not found:
+            if rank == 0:
+                done, started_from = transfer(model, load_any(config.init_from)), origin_of(config.init_from)
+                text = "\n  ".join([f"started from {config.init_from}:", *done.lines()])
+                logger.info("%s", text)
+                storage.write_bytes(storage.join(config.output, INIT_FROM), f"{text}\n".encode())
+            ranks.share(model.state_dict().values())
+        averages = build_averages(model, config.ema)
+        state = TrainState(model=model, ema=averages.pop("ema"), more_ema=averages,
+                           optimizer=build_optimizer(model, config.optim, config.compile))
+        if found:
+            states.restore(state, files)
+            started_from = storage.read_json(str(files / "state.json")).get("started_from") if files else None
     facts = checkpoint_facts(config, manifest) | ({"started_from": started_from} if started_from else {})
     return state, facts
 
 
-def _newest(output: str) -> str | None:
-    """The newest whole checkpoint, found by rank 0 for all: one check of its files, and no two opinions."""
-    first = ranks.is_first()
-    return ranks.from_first(checkpoints.latest(output) if first else None)
+@contextlib.contextmanager
+def _newest(output: str) -> Iterator[tuple[str | None, Path | None]]:
+    """The newest whole checkpoint, found by rank 0 for all: one check of its files, and no two opinions. Rank 0 alone has
+    its files."""
+    with contextlib.ExitStack() as stack:
+        found, files = stack.enter_context(checkpoints.newest(output)) if ranks.is_first() else (None, None)
+        yield ranks.from_first(found), files
 
 
 def loader_config(config: TrainConfig) -> LoaderConfig:
@@ -191,15 +197,17 @@ def _publishing(state: TrainState, config: TrainConfig, run: dict, facts: dict) 
 def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], error: loop.NonFiniteSteps,
              may_write: Callable[[], bool]) -> None:
     """Restore the newest checkpoint with other random draws to come. Raises TrainingDiverged after MAX_RETURNS to one."""
-    attempt, found = state.attempt, _newest(config.output)
-    if found is None:
-        raise TrainingDiverged(f"{error}, and there is no checkpoint to return to") from error
-    step = checkpoints.step_of(found)
-    returns[step] = returns.get(step, 0) + 1
-    if returns[step] > MAX_RETURNS:
-        raise TrainingDiverged(f"{error}; {MAX_RETURNS} returns to step {step} with other random draws ended alike; lower "
-                               "optim.lr, set optim.clip_norm, or use precision fp32, in another output folder") from error
-    states.restore(state, found)
+    attempt = state.attempt
+    with _newest(config.output) as (found, files):
+        if found is None:
+            raise TrainingDiverged(f"{error}, and there is no checkpoint to return to") from error
+        step = checkpoints.step_of(found)
+        returns[step] = returns.get(step, 0) + 1
+        if returns[step] > MAX_RETURNS:
+            raise TrainingDiverged(f"{error}; {MAX_RETURNS} returns to step {step} with other random draws ended alike; "
+                                   "lower optim.lr, set optim.clip_norm, or use precision fp32, in another output folder"
+                                   ) from error
+        states.restore(state, files)
     if ranks.is_first():
         _drop_after(config.output, state.step, may_write)
     state.attempt = max(attempt, state.attempt) + 1

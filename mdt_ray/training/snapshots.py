@@ -105,7 +105,7 @@ def add_up(stored: list[Stored], coefficients: np.ndarray) -> MDT | DiT:
     terms = zip(stored, coefficients, strict=True)
     for uri, group in itertools.groupby(terms, key=lambda term: term[0].uri):
         with storage.fetched(uri) as folder:
-            fault = checkpoints.damage(str(folder))
+            fault = checkpoints.damage(folder)
             if fault:
                 raise ValueError(f"{uri}: damaged ({fault}); bring it back, or delete that folder to do without it")
             for term, coefficient in group:

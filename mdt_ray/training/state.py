@@ -12,6 +12,7 @@
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -84,10 +85,10 @@ def _to_host(value: object) -> object:
     return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
-def restore(state: TrainState, uri: str) -> None:
-    """Load a checkpoint into `state`, in place. Rank 0 reads it and gives it to the others: they need no store, and a store
-    is not asked for a hundred gigabytes at once. Every rank must call it."""
-    held = _read(state, uri) if ranks.is_first() else None
+def restore(state: TrainState, files: Path | None) -> None:
+    """Load a checkpoint into `state`, in place. Rank 0 has its files and gives the others what they hold: they need no
+    store, and a store is not asked for a hundred gigabytes at once. Every rank must call it."""
+    held = _read(state, files) if files else None
     values, optimizer = ranks.from_first(held and (held[0], tree_map(_to_meta, held[1])))
     optimizer = held[1] if held else tree_map(_empty, optimizer)
     state.optimizer.load_state_dict(optimizer)
@@ -95,14 +96,13 @@ def restore(state: TrainState, uri: str) -> None:
     ranks.share(_tensors_of(state))
 
 
-def _read(state: TrainState, uri: str) -> tuple[dict, dict]:
+def _read(state: TrainState, files: Path) -> tuple[dict, dict]:
     """Fill the modules and the history; returns state.json's content and the optimiser's state."""
-    with storage.fetched(uri) as folder:
-        for name, module in {"model": state.model, **state.averages}.items():
-            module.load_state_dict(type(module).from_pretrained(folder / name, low_cpu_mem_usage=False).state_dict())
-        state.history[:] = checkpoints.read_metrics(str(folder / "metrics.parquet"))
-        return (json.loads((folder / "state.json").read_text()),
-                torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
+    for name, module in {"model": state.model, **state.averages}.items():
+        module.load_state_dict(type(module).from_pretrained(files / name, low_cpu_mem_usage=False).state_dict())
+    state.history[:] = checkpoints.read_metrics(str(files / "metrics.parquet"))
+    return (json.loads((files / "state.json").read_text()),
+            torch.load(files / "optimizer.pt", weights_only=True, map_location="cpu"))
 
 
 def _tensors_of(state: TrainState) -> list[torch.Tensor]:

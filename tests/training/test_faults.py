@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from mdt_ray.training import state as states
 from mdt_ray.training import writer as writing
 from mdt_ray.training.watchdog import EXIT_CODE
 from mdt_ray.training.writer import Writer
+from tests import s3
 from tests.conftest import ROOT
 from tests.helpers import make_latents, tiny_training
 
@@ -313,6 +315,16 @@ def test_latents_are_read_when_the_store_answers_again(folder, tmp_path, monkeyp
         run(tiny_training(folder, tmp_path, num_steps=4))
 
 
+def test_a_resume_reads_each_file_of_a_checkpoint_once(folder, monkeypatch):
+    """For its checksum, and to load it."""
+    s3.give_keys(monkeypatch)
+    with s3.serve() as store, s3.forwarded(store) as line:
+        run(tiny_training(folder, line.uri("run"), num_steps=5))
+        line.requests.clear()
+        assert run(tiny_training(folder, line.uri("run"), num_steps=6)).step == 6
+        assert line.requests.count(f"GET /{s3.BUCKET}/run/checkpoints/step-00000005/optimizer.pt") == 1
+
+
 # Damaged checkpoints
 
 
@@ -376,7 +388,7 @@ def test_a_snapshot_is_a_whole_copy(folder, tmp_path, kind):
         for parameter in (*state.model.parameters(), *state.ema.parameters()):
             parameter.zero_()
     state.optimizer.state_dict()["state"][0]["exp_avg"].zero_()
-    states.restore(state, write())
+    states.restore(state, Path(write()))
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
     assert any(parameter.any() for parameter in state.ema.parameters())
     assert state.optimizer.state_dict()["state"][0]["exp_avg"].any()
