@@ -35,6 +35,7 @@ def offline(folder, code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_pinned_to_its_commit_and_a_run_keeps_it(tmp_path):
     """Also where the hub has a newer one since, and whether or not the command names the old one."""
     code = ("from mdt_ray.config import PrecomputeConfig, VaeConfig\nfrom mdt_ray.data.vae import load_vae\n"

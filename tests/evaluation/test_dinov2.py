@@ -242,6 +242,7 @@ def in_a_process(code, **environment):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_hub_id_with_and_without_a_revision(folder, tmp_path):
     """From the hub's cache as its client leaves it, without network."""
     repository = tmp_path / "models--user--pictures"

@@ -30,6 +30,7 @@ def test_workers_agree_whatever_their_number(tmp_path, ray_session):
         assert one["grad_norm"] == pytest.approx(three["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_reaches_the_caller_as_itself(tmp_path, ray_session):
     manifest = make_latents(tmp_path / "latents")
     path = tmp_path / "latents" / manifest.files[0].name

@@ -159,6 +159,7 @@ def test_bad_images_are_listed_and_the_job_goes_on(tmp_path, ray_session):
     assert precompute(config) == manifest
 
 
+@pytest.mark.slow
 def test_too_many_bad_images_stop_the_job_and_more_patience_goes_on(tmp_path, ray_session):
     write_parquet(tmp_path / "s.parquet", [(encoded(seed=i) if i % 3 else b"x", 0) for i in range(12)])
     with pytest.raises(ValueError, match=r"of 12 images are unreadable so far, such as 's-\d.png' .*: more than"):
@@ -265,6 +266,7 @@ def test_what_was_deleted_of_a_finished_precompute_is_made_again(finished, tmp_p
     assert (tmp_path / "out" / "rejected.parquet").exists()
 
 
+@pytest.mark.slow
 def test_chunks_of_another_run_are_not_taken_over(finished, tmp_path, ray_session):
     """Even where somebody deleted what says whose they are."""
     shutil.copytree(finished / "out", tmp_path / "out")

@@ -225,6 +225,7 @@ assert "val_loss" in state.history[-1]
 """
 
 
+@pytest.mark.slow
 def test_a_long_validation_is_no_hang(folder, tmp_path):
     """It takes five times 1.5 s, of 3 s that a hang may take."""
     done = subprocess.run([sys.executable, "-c", SLOW_VALIDATION, folder, tmp_path], cwd=ROOT, timeout=120,

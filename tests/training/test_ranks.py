@@ -160,6 +160,7 @@ def silent(rank: int, folder: Path, output: Path) -> None:
     run(rank, folder, output, hang_timeout_s=0.0)
 
 
+@pytest.mark.slow
 def test_a_collective_call_that_waits_too_long_ends_its_rank(folder, tmp_path):
     """After that the launcher starts all again, from the newest checkpoint, and the result is that of a straight run."""
     processes = launch(silent, folder, tmp_path / "hung")
