@@ -63,7 +63,6 @@ def counted(name: str) -> cost.Cost:
 def train(name: str, images_per_gpu: tuple[int, ...]) -> str:
     """Rate, reading and gradients of a preset by images a GPU and step."""
     found = counted(name)
-    row_bytes = latents.row_bytes((4, 32, 32), flip=True)
     rows = []
     for count in images_per_gpu:
         passes = count * found.training_flops / GPU_FLOPS
@@ -72,10 +71,10 @@ def train(name: str, images_per_gpu: tuple[int, ...]) -> str:
             travel = 2 * (gpus - 1) / gpus * found.gradient_bytes
             shares = [step / (step + max(travel / bus - BACKWARD * passes, 0))
                       for bus in ((NVLINK,) if gpus <= GPUS_PER_NODE else (FABRIC, ETHERNET))]
-            again = NUM_SLOTS * max(NUM_LANES, gpus) / (IMAGES / ROWS_PER_GROUP)
             rate = gpus * count / step * shares[0]
             rows.append([str(gpus), str(count), number(gpus * count), number(1000 * step), number(rate),
-                         number(rate * row_bytes * (1 + again) / 1e6), " / ".join(f"{share:.0%}" for share in shares)])
+                         number(rate * read_bytes(max(NUM_LANES, gpus)) / 1e6),
+                         " / ".join(f"{share:.0%}" for share in shares)])
     return table(["GPUs", "images a GPU", "batch", "step, ms", "images/s", "read, MB/s", "of it left by the network"], rows)
 
 
@@ -108,10 +107,14 @@ def tune(name: str, steps: int, batch: int, samples: int) -> str:
     found = counted(name)
     training = steps * (batch * found.training_flops / GPU_FLOPS + UPDATE_SECONDS * found.gradient_bytes)
     seconds = START_SECONDS + training + samples * drawing(found)
-    again = NUM_SLOTS * NUM_LANES / (IMAGES / ROWS_PER_GROUP)
-    read = batch * steps / training * latents.row_bytes((4, 32, 32), flip=True) * (1 + again)
+    read = batch * steps / training * read_bytes(NUM_LANES)
     rows = [[str(gpus), number(seconds / 3600), number(gpus * 86400 / seconds), number(gpus * read / 1e9)] for gpus in GPUS]
     return table(["GPUs and trials at a time", "hours a trial", "trials a day", "read, GB/s"], rows)
+
+
+def read_bytes(lanes: int) -> float:
+    """For each image of an epoch: its row, and what is read again of groups that lanes cut."""
+    return latents.row_bytes((4, 32, 32), flip=True) * (1 + NUM_SLOTS * lanes / (IMAGES / ROWS_PER_GROUP))
 
 
 def drawing(found: cost.Cost) -> float:

@@ -72,7 +72,8 @@ def _begun_with(config: TrainConfig) -> str | None:
 def is_finished(config: TrainConfig) -> bool:
     """Whether an undamaged checkpoint of config.num_steps or beyond is there. (By their names first: to look for damage
     is to read gigabytes.)"""
-    return all(steps(config.output) >= config.num_steps for steps in (checkpoints.newest_step, checkpoints.steps_done))
+    output, num_steps = config.output, config.num_steps
+    return checkpoints.newest_step(output) >= num_steps and checkpoints.steps_done(output) >= num_steps
 
 
 def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None, wish: Wish | None = None,

@@ -141,8 +141,7 @@ def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.d
 def _newest(output: str) -> Iterator[tuple[str | None, Path | None]]:
     """The newest whole checkpoint, found by rank 0 for all: one check of its files, and no two opinions. Rank 0 alone has
     its files."""
-    with contextlib.ExitStack() as stack:
-        found, files = stack.enter_context(checkpoints.newest(output)) if ranks.is_first() else (None, None)
+    with checkpoints.newest(output) if ranks.is_first() else contextlib.nullcontext((None, None)) as (found, files):
         yield ranks.from_first(found), files
 
 
