@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -115,8 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mdt-ray {job}: {stop}; this goes on:\n  {shlex.join(['mdt-ray', *typed])}", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
-        print(f"\nmdt-ray {job}: stopped; the same command goes on", file=sys.stderr)
-        return 130
+        return _stopped(job, signal.SIGINT)
+    except SystemExit as stop:
+        if stop.code != signal.SIGTERM:  # what Ray's own handler ends a job with that has none
+            raise
+        return _stopped(job, signal.SIGTERM)
     except Exception as error:
         if debug:
             raise
@@ -323,6 +327,11 @@ def _below(folder: str, name: str) -> str:
     from mdt_ray import storage
 
     return storage.join(folder, name)
+
+
+def _stopped(job: str, signum: int) -> int:
+    print(f"\nmdt-ray {job}: stopped; the same command goes on", file=sys.stderr)
+    return 128 + signum
 
 
 def _fail(job: str, error: Exception, code: int) -> int:

@@ -74,6 +74,20 @@ def test_a_signal_ends_in_a_checkpoint_and_the_command_that_goes_on(folder, numb
     assert without_times(rows(folder, name)) == without_times(rows(folder, "straight"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_a_job_without_checkpoints_with_its_number(folder, number):
+    """By which a batch system knows what to put into its queue again."""
+    output = folder / f"latents-{number}"
+    process = start(["precompute", "digits", "--output", str(output), "--chunk-size", "15", "--workers.num-workers", "1"])
+    harness.wait_until(lambda: any(output.glob("chunks/*.json")), process)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, text
+    assert text.splitlines()[-1] == "mdt-ray precompute: stopped; the same command goes on"
+    assert not (output / "manifest.json").exists()
+    assert harness.leftovers(output) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("seconds", [0, 1, 2, 3])
