@@ -51,8 +51,6 @@ def train(state: TrainState, module: nn.Module, batches: Iterable[tuple[Batch, .
     model = state.model
     if state.step >= config.num_steps:
         return True
-    if state.step == 0:
-        save(True, False)
     due = False
     batches = iter(batches)
     ask_at, asked = state.step + 1, (state.step, time.perf_counter())

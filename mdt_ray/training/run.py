@@ -66,7 +66,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid of that mode, which costs time
     keep = functools.partial(_keep_stacks, config.output, rank)
     with Watchdog(config.hang_timeout_s, keep) as watchdog, Writer() as writer:
-        state, facts = _initial(config, manifest, rank, device)
+        state, facts, resumed = _initial(config, manifest, rank, device)
         if config.gradient_checkpointing:
             keep_inputs_only(state.model)
         if config.compile:
@@ -100,6 +100,8 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
             logger.info("rank 0 of %d: %d training images, %d held out, %d lanes, %s, %d threads, from step %d", world_size,
                         manifest.num_train, manifest.num_rows - manifest.num_train, config.num_lanes, dtype or torch.float32,
                         torch.get_num_threads(), state.step)
+        if not resumed:
+            save(True, False)  # (again it would replace the only one there is, and a kill meanwhile would leave none)
         returns: dict[int, int] = {}  # how often, by the step returned to
         while True:
             with Loader(config.latents, manifest, loader_config(config), rank, world_size, config.accumulation,
@@ -113,9 +115,10 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
                     _go_back(state, config, returns, error, may_write)
 
 
-def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.device) -> tuple[TrainState, dict]:
-    """The state to begin with: the newest checkpoint's, that of other weights, or a fresh one; and facts for checkpoints,
-    which rank 0 writes."""
+def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.device
+             ) -> tuple[TrainState, dict, bool]:
+    """The state to begin with: the newest checkpoint's, that of other weights, or a fresh one; facts for checkpoints, which
+    rank 0 writes; and whether it is a checkpoint's."""
     torch.manual_seed(config.seed)  # the weights' initial values; every other draw has a generator of its own
     model = build_model(config.model, config.loss.passes).train().to(device)
     started_from = None
@@ -134,7 +137,7 @@ def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.d
             states.restore(state, files)
             started_from = storage.read_json(str(files / "state.json")).get("started_from") if files else None
     facts = checkpoint_facts(config, manifest) | ({"started_from": started_from} if started_from else {})
-    return state, facts
+    return state, facts, bool(found)
 
 
 @contextlib.contextmanager

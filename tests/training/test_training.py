@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_straight_equals_resumed_bit_for_bit(folder, tmp_path):
     assert resumed.step == 20
     assert len(straight.history) == 20
     assert_equal_states(straight, resumed)
+
+
+def test_a_resume_from_the_first_checkpoint_does_not_write_it_again(folder, tmp_path):
+    """It is the only one then, and a kill amid the writing would leave none."""
+    config = tiny_training(folder, tmp_path / "run", num_steps=2)
+    run(config)
+    first, *others = checkpoints.list_finished(config.output)
+    for uri in others:
+        checkpoints.remove(uri)
+    written = {p: p.stat().st_mtime_ns for p in Path(first).rglob("*")}
+    assert run(config).step == 2
+    assert {p: p.stat().st_mtime_ns for p in Path(first).rglob("*")} == written
 
 
 @pytest.mark.slow
