@@ -244,7 +244,7 @@ def test_tune_goes_on_after_a_kill(folder, checkpoint, environment, victim):
                 "--evaluate.num-samples", "50", "--max-concurrent-trials", "1"]
 
     def written() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in killed.glob("trainings/*/checkpoints/*/state.json")}
+        return {path: path.stat().st_mtime_ns for path in killed.glob("trainings/*/checkpoints/step-????????/state.json")}
 
     harness.run_here(command("straight-tune"))
     name = f"killed-{victim}-tune"
