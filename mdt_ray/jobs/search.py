@@ -10,12 +10,14 @@ import logging
 import sys
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import ray.tune
 from ray.exceptions import OutOfMemoryError, RayError
+from ray.train._internal.session import get_session
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
 from mdt_ray import storage
 from mdt_ray.config import TuneConfig
@@ -103,9 +105,9 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
     with progress.bar(total, "trial", "tune", initial=len(ended)) as bar:
         ledger = _Ledger(sweep, bar, groups, ended)
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(
+            _patient(ray.tune.with_resources(
                 ray.tune.with_parameters(_run, config=config, groups=groups, claim=sweep.claim, channel=channel),
-                takes if workers.num_workers == 1 else NEARLY_NOTHING),
+                takes if workers.num_workers == 1 else NEARLY_NOTHING)),
             param_space={"group": ray.tune.grid_search(list(range(len(groups))))} if groups else None,
             tune_config=ray.tune.TuneConfig(
                 search_alg=suggestions, num_samples=1 if groups else total, scheduler=_scheduler(config),
@@ -241,6 +243,17 @@ class _Ledger(ray.tune.Callback):
 
     def __reduce__(self):
         return ray.tune.Callback, ()
+
+
+def _patient(function: Callable[[dict[str, Any]], None]) -> type[FunctionTrainable]:
+    """What Tune makes of a function, a class of processes; but where a trial is ended early, its process ends when the
+    function has. At once, Ray Train's controller would end with it, and what that had reserved stay reserved."""
+    class ImplicitFunc(wrap_function(function)):
+        def cleanup(self) -> None:
+            get_session().finish()
+            super().cleanup()
+
+    return ImplicitFunc
 
 
 def _run(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], claim: Claim, channel: Any) -> None:
