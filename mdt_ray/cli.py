@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _stopped(job, signal.SIGINT)
     except SystemExit as stop:
-        if stop.code != signal.SIGTERM:  # what Ray's own handler ends a job with that has none
+        if stop.code != signal.SIGTERM:  # (Ray's handler, in jobs without one of their own, exits with the signal's number)
             raise
         return _stopped(job, signal.SIGTERM)
     except Exception as error:

@@ -101,7 +101,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
                         manifest.num_train, manifest.num_rows - manifest.num_train, config.num_lanes, dtype or torch.float32,
                         torch.get_num_threads(), state.step)
         if not resumed:
-            save(True, False)  # (again it would replace the only one there is, and a kill meanwhile would leave none)
+            save(True, False)  # (a resume would replace the only one there is, and a kill meanwhile leave none)
         returns: dict[int, int] = {}  # how often, by the step returned to
         while True:
             with Loader(config.latents, manifest, loader_config(config), rank, world_size, config.accumulation,
@@ -115,8 +115,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
                     _go_back(state, config, returns, error, may_write)
 
 
-def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.device
-             ) -> tuple[TrainState, dict, bool]:
+def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.device) -> tuple[TrainState, dict, bool]:
     """The state to begin with: the newest checkpoint's, that of other weights, or a fresh one; facts for checkpoints, which
     rank 0 writes; and whether it is a checkpoint's."""
     torch.manual_seed(config.seed)  # the weights' initial values; every other draw has a generator of its own
