@@ -71,9 +71,10 @@ def run_listed(sweep: Sweep, trials: list[Trial]) -> str | None:
     return None
 
 
-def run_suggested(sweep: Sweep, space: Space, known: list[Trial], invalid_points: list[Point]) -> str | None:
-    """Run the known trials that have not ended, then what Optuna suggests after all of them, up to config.max_trials points;
-    returns as `run_listed`.
+def run_suggested(sweep: Sweep, space: Space, known: list[Trial], invalid_points: list[Point],
+                  num_wanted: int) -> str | None:
+    """Run the known trials that have not ended, then what Optuna suggests after all of them, up to so many points; returns
+    as `run_listed`, or that there were no more points.
 
     Raises ValueError without Optuna.
     """
@@ -85,11 +86,20 @@ def run_suggested(sweep: Sweep, space: Space, known: list[Trial], invalid_points
     metrics, modes = [metric], [space.mode]
     if config.cost != "none":
         metrics, modes = [metric, config.cost], [space.mode, "min"]
-    domains = {key: ray.tune.choice(value) if isinstance(value, list) else value for key, value in space.values.items()}
     # The same seed again would suggest the same points again.
     points = [t.point for t in known] + invalid_points
-    suggestions = Suggestions(domains, metrics, modes, points, config.train.seed + len(points))
-    return _fit(sweep, total=max(config.max_trials, len(points)), known=known, suggestions=suggestions)
+    suggestions = Suggestions(space, metrics, modes, points, config.train.seed + len(points),
+                              functools.partial(_training_of, config))  # (Tune pickles it)
+    reason = _fit(sweep, total=num_wanted, known=known, suggestions=suggestions)
+    return reason or ("the space has no other points" if suggestions.exhausted else None)
+
+
+def _training_of(config: TuneConfig, point: Point) -> str | None:
+    """The folder that a point's training writes to; None for one that is no valid setting."""
+    try:
+        return trial.resolve_trial(config, point, config.train.seed).train.output
+    except ValueError:
+        return None
 
 
 def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[Trial]] = (),

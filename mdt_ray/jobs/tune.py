@@ -70,7 +70,8 @@ def tune(config: TuneConfig) -> dict[str, Any]:
                     storage.remove(t.folder)
                 shared = search.Sweep(config, objective(config, space), claim, budget, wish)
                 if config.search == "optuna":
-                    reason = search.run_suggested(shared, space, wanted.trials, [r["point"] for r in wanted.invalid])
+                    reason = search.run_suggested(shared, space, wanted.trials, [r["point"] for r in wanted.invalid],
+                                                  wanted.num_wanted)
                     wanted = _wanted(config, space)
                 else:
                     reason = search.run_listed(shared, wanted.trials)
@@ -142,7 +143,7 @@ def _wanted(config: TuneConfig, space: Space) -> _Wanted:
             invalid += [held] if held["name"].startswith(trials.INVALID) else []
         else:
             found += [t] if t.name == held["name"] else []
-    return _Wanted(found, invalid, max(config.max_trials, len(found) + len(invalid)))
+    return _Wanted(found, invalid, max(min(config.max_trials, space.num_points), len(found) + len(invalid)))
 
 
 def _absolute(config: TuneConfig) -> TuneConfig:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.util
 import itertools
+import math
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ class Space:
     mode: str
     defaults: dict[str, Any]
     paper: Paper | None
+
+    @property
+    def num_points(self) -> float:
+        """How many there are, which is without end where there are ranges."""
+        if isinstance(self.values, list):
+            return len(self.values)
+        return math.prod(len(choices) if isinstance(choices, list) else math.inf for choices in self.values.values())
 
     def grid(self) -> list[Point]:
         """All combinations, in order. Raises ValueError where there are ranges."""

@@ -186,6 +186,20 @@ def test_optuna_goes_on_from_what_is_known(latents, tmp_path, cost):
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_optuna_ends_where_the_space_does(latents, tmp_path):
+    """Two pairs of trials share a training each, and two processes could run at the same time."""
+    space = "{'loss.mask_ratio': [0.3, 0.6], 'evaluate.sampling.cfg_scale': [1.0, 2.0]}"
+    config = sweep(tmp_path, latents, space, search="optuna", max_trials=9, max_concurrent_trials=2,
+                   **{"train.keep_every_steps": 0})
+    table = tune(config)
+    assert len(table["trials"]) == len(table["points"]) == 4
+    assert (table["left"], table["failed"]) == (0, [])
+    assert len(list((tmp_path / "out" / "trainings").iterdir())) == 2
+    assert tune(config) == table
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_random_points_are_drawn_alike_each_time(latents, tmp_path):
     config = sweep(tmp_path, latents, "{'loss.mask_ratio': [0.1, 0.3, 0.5], 'model.decode_layer': [1, 2]}", search="random",
                    max_trials=2, **{"train.keep_every_steps": 0})
