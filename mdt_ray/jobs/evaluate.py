@@ -64,7 +64,8 @@ class Plan:
 def plan(config: EvaluateConfig, reference_root: str | None = None, known: dict[Any, Any] | None = None) -> Plan:
     """Resolve checkpoint or samples, reference and identity. Raises ValueError for what is missing or does not fit.
 
-    `known` keeps for the next call what takes long: lists of pictures, and hashes of weights.
+    `known` keeps for the next call what takes long, or may change meanwhile: lists of pictures, hashes of weights, and which
+    checkpoint of a training output was the newest.
     """
     known = {} if known is None else known
     config = absolute(config)
@@ -74,7 +75,7 @@ def plan(config: EvaluateConfig, reference_root: str | None = None, known: dict[
         _once(known, latents.open_manifest, config.latents)  # the search comes last, and should not fail then
     facts, samples = {}, None
     if config.checkpoint:
-        checkpoint, sampling, inputs = resolve(config.checkpoint, config.sampling)
+        checkpoint, sampling, inputs = resolve(config.checkpoint, config.sampling, known)
         facts = storage.read_json(storage.join(checkpoint, "state.json"))
         config = dataclasses.replace(config, checkpoint=checkpoint, sampling=sampling)
         image_size = facts["image_size"]
@@ -152,16 +153,19 @@ def _reference(config: EvaluateConfig, image_size: int, weights_hash: str, root:
     return dataclasses.replace(measured, folder=folder), statistics
 
 
-def resolve(checkpoint: str, sampling: SamplingConfig) -> tuple[str, SamplingConfig, dict[str, str]]:
-    """The checkpoint's URI, the settings with the guide's, and the hashes of both for the identity of what is drawn.
+def resolve(checkpoint: str, sampling: SamplingConfig,
+            known: dict[Any, Any] | None = None) -> tuple[str, SamplingConfig, dict[str, str]]:
+    """The checkpoint's URI, the settings with the guide's, and the hashes of both for the identity of what is drawn. `known`
+    as in `plan`.
 
     Raises ValueError for a checkpoint, weights or a guide that are not there, or a guide of other latents.
     """
-    checkpoint = checkpoints.resolve(storage.absolute(checkpoint))
+    known = {} if known is None else known
+    checkpoint = _once(known, checkpoints.resolve, storage.absolute(checkpoint))
     check_weights(checkpoint, sampling.weights)
     inputs = {"checkpoint": _hash_of(checkpoint, sampling.weights)}
     if sampling.guide:
-        guide = checkpoints.resolve(storage.absolute(sampling.guide))
+        guide = _once(known, checkpoints.resolve, storage.absolute(sampling.guide))
         check_weights(guide, sampling.guide_weights)
         check_guide(storage.read_json(storage.join(checkpoint, "state.json")), guide)
         require(sampling.cfg_scale != 1, "sampling.guide", sampling.guide, "has no effect with cfg_scale = 1")

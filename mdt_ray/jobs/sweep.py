@@ -46,16 +46,17 @@ def sweep(config: SweepConfig) -> dict[str, Any]:
     """
     config = dataclasses.replace(config, output=storage.absolute(config.output))
     configs = [_evaluation(config, sampling) for sampling in settings_of(config)]
-    first = plan(configs[0], config.output)
+    known: dict[Any, Any] = {}
+    first = plan(configs[0], config.output, known)
     run = run_folder.describe("evaluate sweep", config, first.inputs)
     run_folder.check_identity(config.output, run)
     with run_folder.claim(config.output, run):
-        found = evaluate_many(configs, config.output)
+        found = evaluate_many(configs, config.output, known=known)
         fid, score = axes(found[0])
         rows = [{**{key: f["sampling"][key] for key in KEYS}, "metrics": f["metrics"], "output": c.output}
                 for f, c in zip(found, configs, strict=True)]
         rows.sort(key=lambda row: row["metrics"][fid])
-        best = plan(next(c for c in configs if c.output == rows[0]["output"]), config.output).config
+        best = plan(next(c for c in configs if c.output == rows[0]["output"]), config.output, known).config
         table = {"metric": fid, "trials": rows}
         storage.write_bytes(storage.join(config.output, "frontier.png"), _picture(rows, fid, score))
         storage.write_json(storage.join(config.output, "best.json"), config_io.to_dict(

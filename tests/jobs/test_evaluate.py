@@ -177,6 +177,18 @@ def test_the_plan_measures_all_parts(checkpoint, files, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_all_settings_of_a_sweep_are_of_one_checkpoint_while_training_goes_on(checkpoint, tmp_path):
+    """From a store, it would also be read again for each."""
+    output, known = tmp_path / "train", {}
+    config = EvaluateConfig(checkpoint=str(output), output=str(tmp_path / "out"), reference="digits", extractor="digits",
+                            sampling=SAMPLING, num_samples=40)
+    for step in (1, 2):
+        newest = shutil.copytree(checkpoint, output / "checkpoints" / f"step-{step:08d}")
+        found = plan(config, config.output, known).config.checkpoint
+        assert Path(found).name == "step-00000001"
+    assert plan(config).config.checkpoint == str(newest)
+
+
 def test_the_command_line_takes_a_source_and_presets(files, tmp_path):
     settings = cli.parse("reference", [files["reference"], "--output", str(tmp_path), "--image-size", "32"]).settings
     assert (settings.source, settings.image_size) == (files["reference"], 32)
