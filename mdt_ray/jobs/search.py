@@ -19,7 +19,7 @@ from ray.train._internal.session import get_session
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
-from mdt_ray import storage
+from mdt_ray import run_folder, storage
 from mdt_ray.config import TuneConfig
 from mdt_ray.interrupts import Wish
 from mdt_ray.jobs import control, fanout, progress, session, trial
@@ -43,8 +43,9 @@ SIGNAL, PROGRESS, WHOLE = "val_loss", "progress", 1000
 """What trials that end early are chosen by, and how far a trial is, of WHOLE."""
 LEFT = "left"
 """Status of a run of Tune that was asked to stop: its trials go on the next time."""
-NO_ROOM = "no_room"
-"""What an error of storage.NoRoom said, in a result of Tune."""
+ENDS = "ends"
+"""In a result of Tune, what ends the whole sweep: one of ENDING by name, and what it said."""
+ENDING = {error.__name__: error for error in (storage.NoRoom, run_folder.TakenOver)}
 
 
 class Sweep(NamedTuple):
@@ -98,7 +99,7 @@ def _training_of(config: TuneConfig, point: Point) -> str | None:
     """The folder that a point's training writes to; None for one that is no valid setting."""
     try:
         return trial.resolve_trial(config, point, config.train.seed).train.output
-    except ValueError:
+    except (ValueError, OSError):  # where a store does not answer, the trial itself will say so
         return None
 
 
@@ -131,8 +132,9 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
 
         def fit() -> None:
             tuner.fit()
-            if ledger.no_room:
-                raise storage.NoRoom(ledger.no_room)
+            if ledger.ends:
+                kind, text = ledger.ends
+                raise ENDING[kind](text)
             for params, error in ledger.lost:
                 _give_up(_trials_of(params, config, groups), fanout.root_cause(error))
 
@@ -194,8 +196,8 @@ class _Ledger(ray.tune.Callback):
         """Runs of Tune."""
         self.lost: list[tuple[dict[str, Any], Exception]] = []
         """Parameters of runs that Tune gave up, and why."""
-        self.no_room = ""
-        """What a trial said of a full disk."""
+        self.ends: tuple[str, str] | None = None
+        """Why the sweep ends, as a trial said: of ENDING."""
         self.steps: dict[str, str] = {}
         """How far the trials are that train now, by name."""
         self.keys: list[str] = []
@@ -222,7 +224,7 @@ class _Ledger(ray.tune.Callback):
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         self.running.discard(trial.trial_id)
-        self.no_room = trial.last_result.get(NO_ROOM, self.no_room)
+        self.ends = trial.last_result.get(ENDS, self.ends)
         try:
             ended = _trials_of(trial.config, self.config, self.groups)
         except ValueError:
@@ -267,15 +269,15 @@ def _patient(function: Callable[[dict[str, Any]], None]) -> type[FunctionTrainab
 
 
 def _run(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], claim: Claim, channel: Any) -> None:
-    """In a process of Ray Tune: the trials that a run of it stands for. A full disk ends the sweep: Tune would try again."""
+    """In a process of Ray Tune: the trials that a run of it stands for. Some errors end the sweep: Tune would try again."""
     try:
         _run_trials(params, config, groups, claim, channel)
     except Exception as error:
         error = fanout.root_cause(error)
-        if not isinstance(error, storage.NoRoom):
+        if not isinstance(error, tuple(ENDING.values())):
             raise
         channel.ask_to_stop.remote()
-        ray.tune.report({"status": LEFT, NO_ROOM: str(error)})
+        ray.tune.report({"status": LEFT, ENDS: (type(error).__name__, str(error))})
 
 
 def _run_trials(params: dict[str, Any], config: TuneConfig, groups: Sequence[list[Trial]], claim: Claim,
@@ -283,7 +285,8 @@ def _run_trials(params: dict[str, Any], config: TuneConfig, groups: Sequence[lis
     if ray.get(channel.asked.remote()):
         return ray.tune.report({"status": LEFT})
     try:
-        here = _trials_of(params, config, groups)
+        with trial.outages_told():
+            here = _trials_of(params, config, groups)
     except ValueError as error:
         invalid(config.output, dict(params), config.train.seed, str(error))
         return ray.tune.report({"status": FAILED})

@@ -11,7 +11,7 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -143,6 +143,21 @@ def _train(config: TrainConfig, claim: Claim, on_row: Callable[[dict[str, Any]],
     return state.history
 
 
+@contextlib.contextmanager
+def outages_told() -> Iterator[None]:
+    """A ValueError that comes of a store or a hub which did not answer, as the OSError that it was."""
+    try:
+        yield
+    except ValueError as error:
+        cause = error.__cause__
+        while cause is not None and (not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise OSError(str(error)) from error
+
+
+@outages_told()
 def _judge(trial: Trial, reference_root: str, wish: Wish) -> list[tuple[int, dict[str, float]]]:
     """Steps and metrics of the checkpoints kept for good, and of the last one."""
     every, last = trial.train.keep_every_steps, trial.train.num_steps

@@ -5,6 +5,7 @@ After each the same command ends with the artefacts of an undisturbed run, or wi
 """
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mdt_ray import checkpoints
+from mdt_ray import checkpoints, storage
 from tests import clusters, harness, s3
 from tests.chaos.chaos import essence
 from tests.jobs.test_kills import TRAIN
@@ -246,6 +247,25 @@ def test_of_two_drivers_on_one_folder_one_writes(straight, tmp_path, environment
         if store:
             store.download("out", tmp_path / "out")
     assert same(job, tmp_path / "out", straight) == []
+
+
+def test_a_sweep_that_was_taken_over_ends_and_leaves_its_trials_to_the_successor(straight, tmp_path, environment):
+    """They are no failures: the successor's ledger would have them as such for good."""
+    output = tmp_path / "out"
+    driver = subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", *command("tune", output, straight)], env=environment,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    harness.wait_until(lambda: list(output.glob("trainings/*/checkpoints/step-????????")), driver)
+    lock = json.loads((output / "lock.json").read_text())
+    storage.write_json(str(output / "lock.json"), lock | {"token": "the successor's"})
+    text = driver.communicate(timeout=240)[0]
+    assert driver.returncode == 1
+    assert "another run has taken over" in text.strip().splitlines()[-1]
+    results = [json.loads(path.read_text()) for path in output.glob("trials/*/result.json")]
+    assert all(result["status"] == "finished" for result in results)
+    assert json.loads((output / "lock.json").read_text())["token"] == "the successor's"
+    (output / "lock.json").unlink()
+    harness.run(command("tune", output, straight), environment)
+    assert same("tune", output, straight) == []
 
 
 # Damaged files

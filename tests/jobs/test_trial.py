@@ -6,9 +6,11 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError
 
 from mdt_ray import storage
 from mdt_ray.config import TuneConfig
+from mdt_ray.data.npz import open_archive
 from mdt_ray.interrupts import Wish
 from mdt_ray.jobs import search, trial
 from mdt_ray.run_folder import Claim
+from tests import s3
 from tests.helpers import make_latents, tiny_training
 
 
@@ -49,6 +51,22 @@ def test_what_may_not_come_again_is_raised(one, monkeypatch, error):
 def test_after_some_times_it_has_failed_unless_its_processes_were_lost(one, error, failed):
     search._give_up([one], error)
     assert ((one.result() or {}).get("status") == "failed") == failed
+
+
+@pytest.mark.slow
+def test_what_a_store_that_is_away_holds_back_is_no_fault_of_a_trial(monkeypatch):
+    """It would be failed for good after half a minute without the store. A file that is not there is somebody's to mend."""
+    s3.give_keys(monkeypatch)
+    monkeypatch.setattr(storage, "RETRY_SECONDS", ())
+    def read(uri: str) -> None:
+        with trial.outages_told(), open_archive(uri):
+            pass
+
+    with s3.serve() as store, s3.forwarded(store) as line:
+        with pytest.raises(ValueError, match=r"real\.npz.*: no such file"):
+            read(line.uri("real.npz"))
+        with line.cut(), pytest.raises(OSError, match=r"real\.npz.*: cannot be read"):
+            read(line.uri("real.npz"))
 
 
 def test_a_suggested_point_is_written_down_before_it_starts(one):
