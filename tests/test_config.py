@@ -1,11 +1,14 @@
 """Config: strict reading, overrides, identity."""
 
+import contextlib
 import dataclasses
 import json
-import os
-import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from mdt_ray import config_io, presets, run_folder, storage
 from mdt_ray.cli import parse
 from mdt_ray.config import ModelConfig, OptimConfig, SamplingConfig, SweepConfig, TrainConfig, TuneConfig, WorkersConfig
 from tests import s3
+from tests.conftest import ROOT
 
 
 def test_round_trip_through_json():
@@ -175,10 +179,63 @@ def test_what_a_killed_run_left_half_written_goes_with_the_next(tmp_path, monkey
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     run = run_folder.describe("train", TrainConfig(), {})
     lock = storage.join(str(tmp_path), "lock.json")
+    with run_folder.claim(str(tmp_path), run):
+        ours = storage.read_json(lock)
     # Our own pid, but another start time: a pid that was used again.
-    storage.write_json(lock, {"host": socket.gethostname(), "pid": os.getpid(), "started": "0", "renewed": time.time()})
+    storage.write_json(lock, ours | {"started": "0"})
     with run_folder.claim(str(tmp_path), run):
         pass
+
+
+def test_the_lock_of_a_dead_process_that_nobody_has_reaped_is_taken_over(tmp_path):
+    """So it is in a container whose first process does not care for its children."""
+    run, lock = run_folder.describe("train", TrainConfig(), {}), storage.join(str(tmp_path), "lock.json")
+    code = ("import time; from mdt_ray import run_folder; from mdt_ray.config import TrainConfig\n"
+            f"with run_folder.claim({str(tmp_path)!r}, run_folder.describe('train', TrainConfig(), {{}})): time.sleep(60)")
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        while not storage.exists(lock):
+            time.sleep(0.05)
+        with pytest.raises(ValueError, match=f"is being written by process {owner.pid}"):
+            with run_folder.claim(str(tmp_path), run):
+                pass
+        owner.kill()
+        while Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.05)
+        with run_folder.claim(str(tmp_path), run):
+            pass
+    finally:
+        owner.kill()
+        owner.wait()
+
+
+def test_the_lock_of_another_container_with_this_host_name_is_that_of_another_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 0.6)
+    run, lock = run_folder.describe("train", TrainConfig(), {}), storage.join(str(tmp_path), "lock.json")
+    with run_folder.claim(str(tmp_path), run):
+        theirs = storage.read_json(lock) | {"space": "another pid namespace", "pid": 2**22 + 1}
+    with renewed(lock, theirs), pytest.raises(ValueError, match="is being written"):
+        with run_folder.claim(str(tmp_path), run):
+            pass
+
+
+@contextlib.contextmanager
+def renewed(lock: str, held: dict, clock: float = 0.0) -> Iterator[None]:
+    """A lock whose owner, by a clock so many seconds ahead, lives."""
+    gone = threading.Event()
+
+    def renew() -> None:
+        while not gone.wait(0.05):
+            storage.write_json(lock, held | {"renewed": time.time() + clock})
+
+    storage.write_json(lock, held | {"renewed": time.time() + clock})
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        yield
+    finally:
+        gone.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("clock", [-100, 0, 100])  # of the other host, in seconds ahead
@@ -189,22 +246,9 @@ def test_a_lock_of_another_host_is_taken_over_unless_it_is_renewed(tmp_path, mon
     storage.write_json(lock, held | {"renewed": time.time() + clock})
     with run_folder.claim(str(tmp_path), run):
         pass
-    storage.write_json(lock, held | {"renewed": time.time() + clock})
-    gone = threading.Event()
-
-    def renew() -> None:
-        while not gone.wait(0.05):
-            storage.write_json(lock, held | {"renewed": time.time() + clock})
-
-    thread = threading.Thread(target=renew)
-    thread.start()
-    try:
-        with pytest.raises(ValueError, match="on elsewhere"):
-            with run_folder.claim(str(tmp_path), run):
-                pass
-    finally:
-        gone.set()
-        thread.join()
+    with renewed(lock, held, clock), pytest.raises(ValueError, match="on elsewhere"):
+        with run_folder.claim(str(tmp_path), run):
+            pass
     storage.write_json(lock, held | {"renewed": time.time() - 601})
     monkeypatch.setattr(run_folder, "LEASE_SECONDS", 1000.0)  # nobody waits
     with run_folder.claim(str(tmp_path), run):
