@@ -17,6 +17,7 @@ import ray.tune
 from ray.exceptions import OutOfMemoryError, RayError
 from ray.train._internal.session import get_session
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import BasicVariantGenerator
 from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
 from mdt_ray import run_folder, storage
@@ -113,6 +114,7 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
     ended = {t.name for t in known if t.result() is not None}
     # Tune's own files are of no use to anybody else. It unpickles errors that it finds there, so they are not in a bucket.
     own = storage.scratch()
+    source = suggestions or BasicVariantGenerator(max_concurrent=concurrent)
     with progress.bar(total, "trial", "tune", initial=len(ended)) as bar:
         ledger = _Ledger(sweep, bar, groups, ended)
         tuner = ray.tune.Tuner(
@@ -121,9 +123,10 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
                 takes if workers.num_workers == 1 else NEARLY_NOTHING)),
             param_space={"group": ray.tune.grid_search(list(range(len(groups))))} if groups else None,
             tune_config=ray.tune.TuneConfig(
-                search_alg=suggestions, num_samples=1 if groups else total, scheduler=_scheduler(config),
+                search_alg=source, num_samples=1 if groups else total, scheduler=_scheduler(config),
+                max_concurrent_trials=concurrent if suggestions else None,
                 # (Of a trial that is ended early a step or a checkpoint may still run, and Tune has no patience with that.)
-                max_concurrent_trials=concurrent, reuse_actors=config.scheduler == "none",
+                reuse_actors=config.scheduler == "none",
                 trial_dirname_creator=lambda found: found.trial_id),
             run_config=ray.tune.RunConfig(
                 name=uuid.uuid4().hex[:12], storage_path=str(own), verbose=0,
@@ -140,16 +143,17 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
 
         def meanwhile() -> str | None:
             sweep.budget.count(len(ledger.running))
-            return sweep.budget.used_up()
+            used_up = sweep.budget.used_up()
+            if used_up or ledger.ends or sweep.wish.signum is not None:
+                source.set_finished()  # else all others would be started, to be told to stop
+            return used_up
 
         try:
-            # (Trials of one worker wait in Ray's own queue, which the autoscaler sees.)
-            with session.wanted_nodes(workers, concurrent if workers.num_workers > 1 else 0):
-                return control.watch(fit, channel, config.train, workers.num_workers, sweep.wish, ledger.on_row, meanwhile)
+            return control.watch(fit, channel, config.train, workers.num_workers, sweep.wish, ledger.on_row, meanwhile)
         finally:
-            sweep.budget.write()
-            storage.discard(own)
             ray.kill(channel)
+            storage.discard(own)
+            sweep.budget.write()
 
 
 def _give_up(trials: list[Trial], error: BaseException) -> None:

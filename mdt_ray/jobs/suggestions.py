@@ -38,8 +38,15 @@ class Suggestions(OptunaSearch):
         """Of the trials that run."""
         self.exhausted = False
         """Whether there was no new point left."""
+        self.finished = False
+
+    def set_finished(self) -> None:
+        """Suggest no more."""
+        self.finished = True
 
     def suggest(self, trial_id: str) -> Point | str | None:
+        if self.finished:
+            return self.FINISHED
         self.waiting = self.waiting or self._new()
         if self.waiting is None:
             self.exhausted = True

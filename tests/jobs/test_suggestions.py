@@ -61,6 +61,14 @@ def test_a_point_waits_while_another_process_is_at_its_training():
     assert search.suggest("7") == search.FINISHED
 
 
+def test_nothing_is_suggested_once_the_sweep_is_to_stop():
+    search = suggestions(GRID)
+    assert isinstance(search.suggest("0"), dict)
+    search.set_finished()
+    assert search.suggest("1") == search.FINISHED
+    assert not search.exhausted
+
+
 def test_points_that_are_no_valid_setting_wait_for_nobody():
     search = suggestions(GRID, training_of=lambda point: None)
     assert None not in [search.suggest(name) for name in "012"]

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ray._private import state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mdt_ray import checkpoints, config_io, presets, run_folder, storage
@@ -410,6 +411,31 @@ def test_a_signal_ends_a_sweep_in_checkpoints(latents, tmp_path, workers):
         assert {r["status"] for r in results_of(tmp_path).values()} == {"finished"}
         for result in results_of(tmp_path).values():
             assert [row["step"] for row in result["curve"] if row["step"] != step] == list(range(25, 151, 25))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_that_is_to_stop_starts_no_other_trials(latents, tmp_path):
+    """With early stopping each would be a process of its own, and some seconds."""
+    output = tmp_path / "out"
+    space = _space(tmp_path, "own.py", "{'loss.mask_ratio': [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}")
+    before = _num_started()
+    process = start(["tune", "digits", "--output", str(output), "--space", space, "--train.latents", latents,
+                     "--train.num-steps", "1000", "--train.checkpoint-every-steps", "20", "--evaluate.num-samples", "40",
+                     "--scheduler", "median", "--train.validate-every-steps", "500", "--max-concurrent-trials", "1"])
+    try:
+        harness.wait_until(lambda: list(output.glob("trainings/*/checkpoints/step-00000020")) != [], process, 240)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert process.returncode == 130, text
+    assert 1 <= _num_started() - before <= 2, "the one that ran, and one that was to be next"
+
+
+def _num_started() -> int:
+    """Processes that Tune has started for trials in this session's Ray, dead ones too."""
+    return sum(actor["ActorClassName"].endswith("ImplicitFunc") for actor in state.actors().values())
 
 
 @pytest.mark.slow
