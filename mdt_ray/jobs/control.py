@@ -3,6 +3,7 @@
 Workers leave rows of metrics and say on which node they are. Asked by the driver to stop, they write a checkpoint and end.
 """
 
+import contextlib
 import logging
 import signal
 import threading
@@ -104,27 +105,27 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
 
     thread = threading.Thread(target=run, daemon=True, name="fit")
     thread.start()
-    growth = _Growth(config, num_workers)
     reason = None
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        try:
-            _hand_over(control, on_row)
-            wanted = meanwhile()
-            if reason is None:
-                reason = _reason(control, wish, growth) or wanted
-                if reason == STOPPED:
-                    logger.warning("stopping once the step is done and its checkpoint written; a second signal does not "
-                                   "wait")
-        except Exception as error:
-            logger.warning("while watching the workers: %s: %s", type(error).__name__, error)
-        except SystemExit:
-            while thread.is_alive():
-                control.ask_to_stop.remote()
-                thread.join(POLL_SECONDS)
-            raise
-        if reason is not None:
-            control.ask_to_stop.remote()  # again and again, for an actor that was lost and made anew
+    with contextlib.closing(_Growth(config, num_workers)) as growth:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            try:
+                _hand_over(control, on_row)
+                wanted = meanwhile()
+                if reason is None:
+                    reason = _reason(control, wish, growth) or wanted
+                    if reason == STOPPED:
+                        logger.warning("stopping once the step is done and its checkpoint written; a second signal does not "
+                                       "wait")
+            except Exception as error:
+                logger.warning("while watching the workers: %s: %s", type(error).__name__, error)
+            except SystemExit:
+                while thread.is_alive():
+                    control.ask_to_stop.remote()
+                    thread.join(POLL_SECONDS)
+                raise
+            if reason is not None:
+                control.ask_to_stop.remote()  # again and again, for an actor that was lost and made anew
     _hand_over(control, on_row)
     if failure:
         raise failure[0]
@@ -154,18 +155,23 @@ def _reason(control: Any, wish: Wish, growth: "_Growth") -> str | None:
 
 
 class _Growth:
-    """Whether more workers fit than run, for long enough."""
+    """Whether more workers fit than run, for long enough. Until then they are asked for."""
 
     def __init__(self, config: TrainConfig, num_workers: int):
         self.workers = config.workers
         self.wanted = config.workers.num_workers - num_workers
+        self.demand = nodes.Demand(config.workers, self.wanted, config.output)
         self.since: float | None = None
 
     def is_due(self) -> bool:
         if self.wanted <= 0:
             return False
-        if nodes.room_for(self.workers) < 1:
+        self.demand.ask()
+        if nodes.room_for(self.workers) < 1 and not self.demand.is_met():
             self.since = None
             return False
         self.since = self.since or time.monotonic()
         return time.monotonic() - self.since > GROW_AFTER_SECONDS
+
+    def close(self) -> None:
+        self.demand.close()

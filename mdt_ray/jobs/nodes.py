@@ -1,10 +1,19 @@
 """What the cluster's nodes hold, what they have free and which are about to go, and what a job reserves of them; much of it
 without a public call of Ray's."""
 
+import contextlib
+
 import ray
 from ray._private import state
 from ray._raylet import PlacementGroupID
-from ray.util.placement_group import NODE_ID_LABEL_KEY, PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    NODE_ID_LABEL_KEY,
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from mdt_ray.config import WorkersConfig
 
@@ -51,3 +60,41 @@ def release(groups: set[str]) -> None:
     """Give back what placement groups hold, and end what runs in them."""
     for name in groups:
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+class Demand:
+    """Nodes that hold so many workers, asked of the autoscaler of a cluster that has one: by a placement group that waits.
+
+    For workers that are started only where there is room: while they wait, Ray sees no demand. (It ends with the job, and is
+    no other job's; of `request_resources` neither is true.)
+    """
+
+    def __init__(self, workers: WorkersConfig, num_workers: int, name: str):
+        """name: of what waits. One that a lost process left under it is removed."""
+        self.name, self.num_workers = name, num_workers
+        self.bundle = {"CPU": workers.cpus_per_worker} | (
+            {"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
+        self.group: PlacementGroup | None = None
+
+    def ask(self) -> None:
+        """Ask from now on."""
+        if self._state() == "REMOVED":  # with those of a lost controller, maybe
+            self._remove_old()
+            self.group = placement_group([self.bundle] * self.num_workers, name=self.name)
+
+    def is_met(self) -> bool:
+        """Whether there is room for all workers: it is held until `close`."""
+        return self._state() == "CREATED"
+
+    def close(self) -> None:
+        """Ask no more, and give back what is held."""
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
+
+    def _state(self) -> str:
+        return placement_group_table(self.group).get("state", "REMOVED") if self.group else "REMOVED"
+
+    def _remove_old(self) -> None:
+        with contextlib.suppress(ValueError):  # there is none
+            remove_placement_group(get_placement_group(self.name))

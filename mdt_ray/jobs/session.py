@@ -1,15 +1,12 @@
 """Connecting to Ray: a running cluster where there is one, else a small local one. The only reader of the environment."""
 
 import atexit
-import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
 
 import ray
 from ray._private.worker import get_dashboard_url
-from ray.autoscaler.sdk import request_resources
 
 from mdt_ray.config import WorkersConfig
 from mdt_ray.interrupts import Wish, stop_signals
@@ -112,24 +109,6 @@ def _refuse(text: str, remedy: str) -> None:
         logger.warning("%s; waiting for more nodes", text)
     else:
         raise ValueError(f"{text}; {remedy}")
-
-
-@contextlib.contextmanager
-def wanted_nodes(workers: WorkersConfig, times: int = 1) -> Iterator[None]:
-    """While the block runs, a cluster's autoscaler, where it has one, is asked for nodes that hold all workers, so many
-    times.
-
-    For workers that are started only where there is room: while they wait, Ray sees no demand.
-    """
-    if not times or not os.environ.get("RAY_ADDRESS"):
-        yield
-        return
-    bundle = {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
-    request_resources(bundles=[bundle] * workers.num_workers * times)
-    try:
-        yield
-    finally:
-        request_resources(bundles=[])  # it would outlive this process
 
 
 def settle(workers: WorkersConfig, deterministic: bool = False) -> str:

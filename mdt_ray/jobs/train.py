@@ -106,9 +106,7 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
                 on_the_way = previews.Previews(config, show)
                 try:
                     if not finished:
-                        # (A sweep asks for the nodes of all its trials.)
-                        with session.wanted_nodes(config.workers, 1 if above is None else 0):
-                            _train_to_the_end(config, run, claim, wish, show, on_the_way)
+                        _train_to_the_end(config, run, claim, wish, show, on_the_way)
                     on_the_way.finish(wish)
                 finally:
                     on_the_way.cancel()
@@ -184,17 +182,19 @@ def _wait_for_room(config: TrainConfig, wish: Wish) -> int:
     """Workers to launch: all that are wanted where they fit, after a while as many as fit but min_workers at least."""
     wanted, least = config.workers.num_workers, config.min_workers or config.workers.num_workers
     started = told = time.monotonic()
-    while wish.signum is None:
-        room, now = min(nodes.room_for(config.workers), wanted), time.monotonic()
-        if room == wanted or (room >= least and now - started > PATIENCE_SECONDS):
-            if room < wanted:
-                logger.warning("going on with %d of %d workers: the cluster has no room for more", room, wanted)
-            return room
-        if now - told > 60:
-            told = now
-            logger.warning("waiting for room for %d workers; there is some for %d (`ray status` shows what takes it)",
-                           least, room)
-        time.sleep(control.POLL_SECONDS)
+    with contextlib.closing(nodes.Demand(config.workers, wanted, config.output)) as demand:
+        while wish.signum is None:
+            room, now = wanted if demand.is_met() else min(nodes.room_for(config.workers), wanted), time.monotonic()
+            if room == wanted or (room >= least and now - started > PATIENCE_SECONDS):
+                if room < wanted:
+                    logger.warning("going on with %d of %d workers: the cluster has no room for more", room, wanted)
+                return room
+            demand.ask()
+            if now - told > 60:
+                told = now
+                logger.warning("waiting for room for %d workers; there is some for %d (`ray status` shows what takes it)",
+                               least, room)
+            time.sleep(control.POLL_SECONDS)
     return wanted
 
 

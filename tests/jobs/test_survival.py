@@ -181,3 +181,14 @@ def test_nodes_that_go_and_come(folder, scenario):
     harness.run_here(command(folder, f"{scenario}-straight", "--num-steps", "40"))
     for one, two in zip(without_times(rows(folder, f"{scenario}-straight")), found, strict=False):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_nodes_are_asked_for_while_a_training_waits_and_no_longer(folder):
+    """The end of one job does not take back what another asked for, and a killed driver asks for nothing."""
+    outside = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-m", "tests.jobs.autoscaled_nodes", f"{folder}/latents", f"{folder}/autoscaled"],
+                          env=outside, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "before": 1, "first": 2, "told": False, "code": 128 + signal.SIGTERM, "second": 4, "after": 1}
