@@ -90,6 +90,8 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
     config, manifest, run = prepare(config)
     run_folder.check_identity(config.output, run)
     finished = is_finished(config)
+    if finished:
+        _catch_up(config, run, above)
     if not finished or samples.due(config.output, config.sample_every_steps):
         with run_folder.claim(config.output, run, above) as claim:
             listening = stop_signals if wish is None else functools.partial(contextlib.nullcontext, wish)
@@ -112,6 +114,16 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
                     on_the_way.cancel()
             write_metrics(config.output, checkpoints.read_metrics(storage.join(config.output, METRICS)))
     return checkpoints.list_finished(config.output)[-1]
+
+
+def _catch_up(config: TrainConfig, run: dict, above: run_folder.Claim | None) -> None:
+    """Write the metrics beside the checkpoints, where a kill came between the last of these and them."""
+    uri = storage.join(config.output, METRICS)
+    rows = checkpoints.read_metrics(storage.join(checkpoints.list_finished(config.output)[-1], METRICS))
+    written = checkpoints.read_metrics(uri) if storage.exists(uri) else []
+    if len([row for row in written if "loss" in row]) < len(rows):
+        with run_folder.claim(config.output, run, above):
+            write_metrics(config.output, rows)
 
 
 @contextlib.contextmanager
@@ -233,8 +245,8 @@ def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers
     try:
         return control.watch(functools.partial(_fit, trainer), channel, config, num_workers, wish, on_row, meanwhile)
     finally:
-        storage.remove(storage.join(config.output, "ray"))
         ray.kill(channel)
+        storage.remove(storage.join(config.output, "ray"))
 
 
 def _fit(trainer: TorchTrainer) -> None:

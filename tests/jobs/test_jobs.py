@@ -5,7 +5,9 @@ import pytest
 from mdt_ray import checkpoints, run_folder, storage
 from mdt_ray.config import WorkersConfig
 from mdt_ray.data import latents
-from mdt_ray.jobs.train import train
+from mdt_ray.jobs.train import prepare, train
+from mdt_ray.training.contract import write_metrics
+from mdt_ray.training.run import run_rank
 from tests.helpers import make_latents, tiny_training
 
 pytestmark = pytest.mark.ray
@@ -53,6 +55,21 @@ def test_workers_that_outlive_their_run_touch_nothing_and_are_not_started_again(
         train(config, above=run_folder.Claim(config.output, "mine"))
     assert theirs.exists()
     assert "a training worker was lost" not in caplog.text
+
+
+def test_metrics_that_a_kill_kept_from_being_written_come_with_the_next_run(tmp_path):
+    """Between the last checkpoint and the metrics beside it, there is a moment."""
+    make_latents(tmp_path / "latents")
+    config, manifest, run = prepare(tiny_training(tmp_path / "latents", tmp_path / "out"))
+    run_folder.record(config.output, run)
+    run_rank(config, manifest, run)
+    metrics = storage.join(config.output, "metrics.parquet")
+    whole = storage.read_bytes(metrics)
+    write_metrics(config.output, checkpoints.read_metrics(metrics)[:10])
+    for _ in range(2):
+        train(config)
+        assert storage.read_bytes(metrics) == whole
+        storage.remove(metrics)
 
 
 def test_latents_round_trip_through_the_manifest(tmp_path):
