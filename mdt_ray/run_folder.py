@@ -87,14 +87,15 @@ def claim(output: str, run: dict[str, Any], above: Claim | None = None) -> Itera
     """
     check_identity(output, run)
     with contextlib.nullcontext(above) if above else _lock(output) as held:
-        storage.clear_leftovers(output)
         record(output, run)
         yield held
 
 
 def record(output: str, run: dict[str, Any]) -> None:
-    """Write run.json. For folders below one that is claimed already. Raises ValueError as check_identity."""
+    """Write run.json, and delete what killed runs left half-written. For folders below one that is claimed already. Raises
+    ValueError as check_identity."""
     check_identity(output, run)
+    storage.clear_leftovers(output)
     storage.write_json(storage.join(output, "run.json"), run)
 
 

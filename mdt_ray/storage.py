@@ -332,6 +332,7 @@ def create_folder(uri: str, *, last: str) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
         else:
+            remove(join(uri, last))  # the old one's: until the new one's is there, the folder is not whole
             files = (f for f in temporary.rglob("*") if f.is_file())
             for file in sorted(files, key=lambda f: (f.name == last, str(f))):
                 _upload(fs, file, f"{path}/{file.relative_to(temporary).as_posix()}")

@@ -128,6 +128,19 @@ def test_folders_in_a_store_are_created_whole(monkeypatch):
         assert times["done"] >= times["sub/x"]
 
 
+def test_a_folder_in_a_store_is_not_whole_while_another_comes_in_its_place(monkeypatch):
+    """One that was killed meanwhile would have files of both, and the old mark."""
+    s3.give_keys(monkeypatch)
+    with s3.serve() as store, s3.forwarded(store) as line:
+        _fill(store.uri("folder"))
+        there: list[bool] = []
+        line.before = lambda request: there.append("done" in store.objects("folder")) if "PUT" in request else None
+        _fill(line.uri("folder"))
+        assert len(there) >= 2
+        assert not any(there)
+        assert set(store.objects("folder")) == {"sub/x", "done"}
+
+
 @pytest.mark.parametrize(("error", "free", "text"), [
     (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 4096, "Disk quota exceeded"),
     (RuntimeError("unexpected pos 64 vs 0"), 4096, "No space left on device at "),

@@ -209,8 +209,11 @@ def evaluate_many(configs: list[EvaluateConfig], reference_root: str | None = No
                 stack.enter_context(run_folder.claim(p.config.output, p.run))
             else:
                 run_folder.record(p.config.output, p.run)
-            for folder in {storage.join(part.config.output, "chunks") for part in parts[p.config.output]}:
-                storage.clear_leftovers(folder)
+            folders = {part.config.output for part in parts[p.config.output]}
+            if pool and p.reference:  # without, several processes may write it
+                folders.add(p.reference.folder)
+            for folder in folders:
+                storage.clear_leftovers(storage.join(folder, "chunks"))
         missing = [part for p in todo for part in parts[p.config.output] if not _finished(part)]
         started = time.perf_counter()
         busy = _run_missing(missing, pool, wish)

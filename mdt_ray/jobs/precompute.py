@@ -71,7 +71,7 @@ def prepare(config: PrecomputeConfig) -> tuple[PrecomputeConfig, Source, dict]:
     paths = {name: storage.absolute(value) for name in ("source", "labels", "output")
              if (value := getattr(config, name)) and value != "digits"}
     config = config_io.override(config, paths)
-    source_folder, output = (uri.partition("?")[0].rstrip("/") + "/" for uri in (config.source, config.output))
+    source_folder, output = (storage.base(uri).rstrip("/") + "/" for uri in (config.source, config.output))
     if output.startswith(source_folder):
         raise ValueError(f"output = {config.output!r}: lies in the source, {config.source!r}, which it would change; put it "
                          "elsewhere")

@@ -308,6 +308,9 @@ def test_bad_settings_are_refused_before_ray_starts(tmp_path):
         precompute(encoding(tmp_path / "source", tmp_path / "source" / "out"))
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / "source").iterdir())) == 1
+    parquet(tmp_path / "b?1")
+    with pytest.raises(ValueError, match="no AutoencoderKL there"):  # and not that the one lies in the other
+        precompute(encoding(tmp_path / "b?1", tmp_path / "b?2", **{"vae.path": str(tmp_path / "none")}))
 
 
 def test_latents_that_are_not_finite_are_refused(tmp_path):
