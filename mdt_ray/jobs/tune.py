@@ -20,7 +20,7 @@ from mdt_ray.data.latents import Manifest
 from mdt_ray.evaluation import chunks, results
 from mdt_ray.interrupts import Stopped, stop_signals
 from mdt_ray.jobs import evaluate as evaluating
-from mdt_ray.jobs import search, session
+from mdt_ray.jobs import preflight, search, session
 from mdt_ray.jobs.budget import Budget
 from mdt_ray.jobs.trial import EVALUATE, resolve, resolve_trial
 from mdt_ray.report import sweep
@@ -64,8 +64,9 @@ def tune(config: TuneConfig) -> dict[str, Any]:
     if is_work and not reason:
         wish = session.start_heeding(dashboard=True)
         if wish.signum is None:
-            session.require_room(config.train.workers)
             with run_folder.claim(config.output, run) as claim, stop_signals() as wish:
+                preflight.check_nodes(dataclasses.replace(config.train, output=config.output),
+                                      latents.open_manifest(config.train.latents))
                 for t in again:
                     storage.remove(t.folder)
                 shared = search.Sweep(config, objective(config, space), claim, budget, wish)
