@@ -186,9 +186,14 @@ def parse(job: str, arguments: list[str]) -> Any:
 def _shape(job: str) -> str:
     if job == "submit":
         return "mdt-ray submit [settings] <job> [what is to follow it]"
-    first = f"<{JOBS[job].positional}>" if JOBS[job].positional else "[preset]"
-    return (f"mdt-ray {job} {first} [--config FILE.toml|.json] [--debug] [settings]\n\n"
-            f"presets: {', '.join(presets.OVERVIEW)}")
+    first = f"<{JOBS[job].positional}> " if JOBS[job].positional else "[preset] " if _has_presets(job) else ""
+    known = f"\n\npresets: {', '.join(presets.OVERVIEW)}" if _has_presets(job) else ""
+    return f"mdt-ray {job} {first}[--config FILE.toml|.json] [--debug] [settings]{known}"
+
+
+def _has_presets(job: str) -> bool:
+    name = job.rpartition(" ")[2]
+    return name in ("quickstart", "plan", "sweep") or name in {f.name for f in dataclasses.fields(QuickstartConfig)}
 
 
 def submission(config: SubmitConfig, words: list[str]) -> SubmitConfig:
@@ -212,7 +217,7 @@ def _require_needed(job: str, settings: Any) -> None:
     for name in JOBS[job].needed:
         if not getattr(settings, name):
             raise ValueError(f"--{name.replace('_', '-')}: not given; name it" + (
-                "" if name in ("folder", "sigma_rel", "job", "command")
+                "" if not _has_presets(job)
                 else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
 
 
@@ -256,7 +261,7 @@ def _of_job(job: str, preset: QuickstartConfig) -> Any:
         return preset
     if name in ("plan", "sweep"):
         return {"plan": presets.plan_of, "sweep": presets.sweep_of}[name](preset)
-    if not hasattr(preset, name):
+    if not _has_presets(job):
         raise ValueError(f"{job} has no presets; give its settings")
     return getattr(preset, name)
 

@@ -149,3 +149,17 @@ def test_what_a_sweep_would_run_is_said_and_checked(tmp_path, monkeypatch, capsy
     assert code == 1
     assert "runs/digits/latents: no manifest.json, so no finished latents" in error
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
+
+
+def test_presets_are_offered_where_a_job_takes_them(capsys):
+    for job in cli.JOBS:
+        with pytest.raises(SystemExit) as done:
+            cli.parse(job, ["--help"])
+        assert done.value.code == 0
+        offered = "presets: digits" in capsys.readouterr().out
+        try:
+            cli.parse(job, ["digits"])
+            taken = not cli.JOBS[job].positional and job != "submit"
+        except ValueError as error:
+            taken = "has no presets" not in str(error)
+        assert offered == taken, job
