@@ -195,6 +195,7 @@ def test_the_lock_of_a_dead_process_that_nobody_has_reaped_is_taken_over(tmp_pat
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
         while not storage.exists(lock):
+            assert owner.poll() is None
             time.sleep(0.05)
         with pytest.raises(ValueError, match=f"is being written by process {owner.pid}"):
             with run_folder.claim(str(tmp_path), run):

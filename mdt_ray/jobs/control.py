@@ -174,4 +174,7 @@ class _Growth:
         return time.monotonic() - self.since > GROW_AFTER_SECONDS
 
     def close(self) -> None:
-        self.demand.close()
+        try:
+            self.demand.close()
+        except Exception as error:
+            logger.warning("while asking for more workers: %s: %s", type(error).__name__, error)

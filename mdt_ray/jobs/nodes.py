@@ -2,6 +2,7 @@
 without a public call of Ray's."""
 
 import contextlib
+from typing import Any
 
 import ray
 from ray._private import state
@@ -40,6 +41,11 @@ def num_fitting(resources: dict[str, float], workers: WorkersConfig) -> int:
     return int(min(resources.get(name, 0) / amount for name, amount in need.items() if amount) + 1e-6)
 
 
+def bundle(workers: WorkersConfig) -> dict[str, float]:
+    """What one worker reserves, as Ray names it."""
+    return {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
+
+
 def off_the_head() -> dict[str, str]:
     """A label selector for what reserves nothing: of all nodes but a head that has no processors to give, where such work
     would find room too. Empty where the head has some."""
@@ -70,21 +76,23 @@ class Demand:
     """
 
     def __init__(self, workers: WorkersConfig, num_workers: int, name: str):
-        """name: of what waits. One that a lost process left under it is removed."""
-        self.name, self.num_workers = name, num_workers
-        self.bundle = {"CPU": workers.cpus_per_worker} | (
-            {"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
+        """name: of what waits. What a lost process left under it is removed."""
+        self.name, self.bundles = name, [bundle(workers)] * num_workers
         self.group: PlacementGroup | None = None
+        drop_demand(name)
 
     def ask(self) -> None:
         """Ask from now on."""
-        if self._state() == "REMOVED":  # with those of a lost controller, maybe
-            self._remove_old()
-            self.group = placement_group([self.bundle] * self.num_workers, name=self.name)
+        state = self._facts().get("state", "REMOVED")
+        if state == "RESCHEDULING":  # a node was lost, and the rest is still held
+            self.close()
+        if state in ("REMOVED", "RESCHEDULING"):  # (removed with those of a lost controller, maybe)
+            self.group = placement_group(self.bundles, name=self.name)
 
     def is_met(self) -> bool:
-        """Whether there is room for all workers: it is held until `close`."""
-        return self._state() == "CREATED"
+        """Whether there is room for all workers, on nodes that stay: it is held until `close`."""
+        facts = self._facts()
+        return facts.get("state") == "CREATED" and not draining() & set(facts["bundles_to_node_id"].values())
 
     def close(self) -> None:
         """Ask no more, and give back what is held."""
@@ -92,9 +100,11 @@ class Demand:
             remove_placement_group(self.group)
             self.group = None
 
-    def _state(self) -> str:
-        return placement_group_table(self.group).get("state", "REMOVED") if self.group else "REMOVED"
+    def _facts(self) -> dict[str, Any]:
+        return placement_group_table(self.group) if self.group else {}
 
-    def _remove_old(self) -> None:
-        with contextlib.suppress(ValueError):  # there is none
-            remove_placement_group(get_placement_group(self.name))
+
+def drop_demand(name: str) -> None:
+    """Remove what a process of this job asked for under a name, if it did. (A killed one's stays until the job ends.)"""
+    with contextlib.suppress(ValueError):  # there is none
+        remove_placement_group(get_placement_group(name))

@@ -23,7 +23,7 @@ from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_functi
 from mdt_ray import run_folder, storage
 from mdt_ray.config import TuneConfig
 from mdt_ray.interrupts import Wish
-from mdt_ray.jobs import control, fanout, progress, session, trial
+from mdt_ray.jobs import control, fanout, nodes, progress, session, trial
 from mdt_ray.jobs.budget import Budget
 from mdt_ray.run_folder import Claim
 from mdt_ray.training.trackers import write_trial
@@ -97,11 +97,14 @@ def run_suggested(sweep: Sweep, space: Space, known: list[Trial], invalid_points
 
 
 def _training_of(config: TuneConfig, point: Point) -> str | None:
-    """The folder that a point's training writes to; None for one that is no valid setting."""
+    """The folder that a point's training writes to; None where nothing is to be trained: the trial has ended, or is no valid
+    setting."""
     try:
-        return trial.resolve_trial(config, point, config.train.seed).train.output
-    except (ValueError, OSError):  # where a store does not answer, the trial itself will say so
+        with trial.outages_told():
+            found = trial.resolve_trial(config, point, config.train.seed)
+    except ValueError:
         return None
+    return None if found.result() else found.train.output
 
 
 def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[Trial]] = (),
@@ -153,7 +156,8 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
         finally:
             ray.kill(channel)
             storage.discard(own)
-            sweep.budget.write()
+            if run_folder.holds(sweep.claim):
+                sweep.budget.write()
 
 
 def _give_up(trials: list[Trial], error: BaseException) -> None:
@@ -221,6 +225,9 @@ class _Ledger(ray.tune.Callback):
 
     def on_trial_error(self, iteration, trials, trial, **info):
         self.running.discard(trial.trial_id)
+        with contextlib.suppress(ValueError, OSError):
+            for t in _trials_of(trial.config, self.config, self.groups):
+                nodes.drop_demand(t.train.output)
         self.lost.append((trial.config, trial.get_pickled_error() or trial.get_error() or RuntimeError("process lost")))
 
     def on_trial_result(self, iteration, trials, trial, result, **info):

@@ -1,6 +1,8 @@
 """Points that Optuna's TPE suggests, through Ray Tune. A file of its own, since Optuna is not needed for other searches."""
 
 import json
+import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +13,11 @@ from ray.tune.search.optuna import OptunaSearch
 
 from mdt_ray.tuning.space import Point, Space
 
+logger = logging.getLogger(__name__)
 MAX_REPEATS = 20
-"""Suggestions that are known already, in a row, after which a new point is drawn: TPE would repeat the best for long."""
+"""Suggestions that are known already, in a row, after which a new point is taken: TPE would repeat the best for long."""
 MAX_DRAWS = 1000
-"""Draws without a new point after which the space counts as exhausted."""
+"""Draws from ranges, without a new point, after which the space counts as exhausted."""
 
 
 class Suggestions(OptunaSearch):
@@ -25,7 +28,8 @@ class Suggestions(OptunaSearch):
 
     def __init__(self, space: Space, metrics: list[str], modes: list[str], known: list[Point], seed: int,
                  training_of: Callable[[Point], str | None]):
-        """known: points that come first, in this order. training_of: what trials share that may not run at the same time."""
+        """known: points that come first, in this order. training_of: what trials share that may not run at the same time;
+        where it raises OSError, it is asked again."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         domains = {key: ray.tune.choice(value) if isinstance(value, list) else value for key, value in space.values.items()}
         # (With a list of metrics Tune hands on what a trial ends with, and no rows before, which do not have them.)
@@ -34,6 +38,8 @@ class Suggestions(OptunaSearch):
         self.seen: set[str] = set()
         self.num_queued = len(known)
         self.waiting: optuna.Trial | None = None
+        self.training: str | None = ""
+        """That of the point that waits; empty where it is not known yet."""
         self.trainings: dict[str, str | None] = {}
         """Of the trials that run."""
         self.exhausted = False
@@ -47,14 +53,20 @@ class Suggestions(OptunaSearch):
     def suggest(self, trial_id: str) -> Point | str | None:
         if self.finished:
             return self.FINISHED
-        self.waiting = self.waiting or self._new()
+        if self.waiting is None:
+            self.waiting, self.training = self._new(), ""
         if self.waiting is None:
             self.exhausted = True
             return self.FINISHED
-        training = self.training_of(self.waiting.params)
-        if training is not None and training in self.trainings.values():
-            return None  # Tune asks again
-        self.trainings[trial_id] = training
+        if self.training == "":
+            try:
+                self.training = self.training_of(self.waiting.params)
+            except OSError as error:  # a store that does not answer; Tune asks again, every moment
+                logger.warning("%s", error)
+                return None
+        if self.training is not None and self.training in self.trainings.values():
+            return None
+        self.trainings[trial_id] = self.training
         self._ot_trials[trial_id], self.waiting = self.waiting, None
         return super().suggest(trial_id)
 
@@ -66,7 +78,8 @@ class Suggestions(OptunaSearch):
             if self._is_new(found.params) or queued:
                 return found
             self._ot_study.tell(found, state=TrialState.FAIL)
-        for point in self.space.drawn(MAX_DRAWS, self.draw_seed):
+        is_finite = self.space.num_points < math.inf
+        for point in self.space.grid() if is_finite else self.space.drawn(MAX_DRAWS, self.draw_seed):
             if self._is_new(point):
                 self._ot_study.enqueue_trial(point)
                 return self._ask()

@@ -119,9 +119,13 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
 def _catch_up(config: TrainConfig, run: dict, above: run_folder.Claim | None) -> None:
     """Write the metrics beside the checkpoints, where a kill came between the last of these and them."""
     uri = storage.join(config.output, METRICS)
-    rows = checkpoints.read_metrics(storage.join(checkpoints.list_finished(config.output)[-1], METRICS))
-    written = checkpoints.read_metrics(uri) if storage.exists(uri) else []
-    if len([row for row in written if "loss" in row]) < len(rows):
+    try:
+        rows = checkpoints.read_metrics(storage.join(checkpoints.list_finished(config.output)[-1], METRICS))
+        written = checkpoints.read_metrics(uri) if storage.exists(uri) else []
+    except (FileNotFoundError, ValueError) as error:  # a damaged one, which training passes over
+        logger.warning("%s", error)
+        return
+    if len(written) < len(rows):
         with run_folder.claim(config.output, run, above):
             write_metrics(config.output, rows)
 
@@ -235,8 +239,7 @@ def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers
         torch_config=TorchConfig(timeout_s=int(2 * config.hang_timeout_s) or 3600),
         scaling_config=ray.train.ScalingConfig(
             num_workers=num_workers, use_gpu=workers.gpus_per_worker > 0,
-            resources_per_worker={"CPU": workers.cpus_per_worker} |
-                                 ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})),
+            resources_per_worker=nodes.bundle(workers)),
         run_config=ray.train.RunConfig(
             # A used name would make Ray resume from its own snapshot; ours is the only truth.
             name=f"{run['name']}-{uuid.uuid4().hex[:8]}", storage_path=storage.join(config.output, "ray"),

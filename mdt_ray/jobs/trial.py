@@ -35,6 +35,8 @@ FAILURES = (ValueError, TrainingDiverged, torch.OutOfMemoryError, MemoryError)
 """What is the trial's own fault, and would come again."""
 NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What PyTorch says where a CPU's, or a GPU's library's, does not suffice."""
+MENDABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What a store says that does answer, for somebody to mend."""
 EVALUATE = "evaluate."
 
 
@@ -130,7 +132,11 @@ def _train(config: TrainConfig, claim: Claim, on_row: Callable[[dict[str, Any]],
     config, manifest, described = training.prepare(config)
     run_folder.record(config.output, described)
     device = session.settle(config.workers, config.deterministic)
-    with open_trackers(config.track, config.output, described, checkpoints.newest_step(config.output)) as track:
+    with contextlib.ExitStack() as stack:
+        with outages_told():
+            track = stack.enter_context(
+                open_trackers(config.track, config.output, described, checkpoints.newest_step(config.output)))
+
         def told(row: dict[str, Any]) -> None:
             track(row)
             on_row(row)
@@ -150,7 +156,7 @@ def outages_told() -> Iterator[None]:
         yield
     except ValueError as error:
         cause = error.__cause__
-        while cause is not None and (not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)):
+        while cause is not None and not (isinstance(cause, OSError) and not isinstance(cause, MENDABLE)):
             cause = cause.__cause__
         if cause is None:
             raise

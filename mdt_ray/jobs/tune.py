@@ -193,6 +193,9 @@ def _check(config: TuneConfig, space: Space, manifest: Manifest) -> None:
                 f"search = {config.search!r} has no end without; give --max-trials")
     if config.search == "optuna":
         space.drawn(1, 0)
+        require(config.scheduler == "none" or not any(key.startswith(EVALUATE) for key in space.values), "scheduler",
+                config.scheduler, "would end a training that other suggested points of evaluate.sampling share; give "
+                "--scheduler none, or --search grid")
         require(config.num_seeds == 1, "num_seeds", config.num_seeds, "must be 1 for search = 'optuna'; try its best points "
                 "again with more seeds, as a list of trials in a space of your own")
     if config.scheduler != "none":

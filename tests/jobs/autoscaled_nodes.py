@@ -56,7 +56,6 @@ def start(folder: Path) -> tuple[subprocess.Popen, str]:
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen([sys.executable, "-c", "from ray.scripts.scripts import main; main()", *command],
                                 env=environment, stdout=log, stderr=log, start_new_session=True)
-    wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), 90)
     return head, address
 
 
@@ -83,6 +82,7 @@ def main(latents: str, output: str) -> dict:
         return drivers[-1]
 
     try:
+        wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text())
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         seen = {"before": num_nodes()}
         first = train("first", 2)

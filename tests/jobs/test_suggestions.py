@@ -61,6 +61,22 @@ def test_a_point_waits_while_another_process_is_at_its_training():
     assert search.suggest("7") == search.FINISHED
 
 
+def test_a_store_that_is_away_keeps_a_point_waiting():
+    answers = iter([OSError("no answer"), "a", AssertionError("asked once")])
+
+    def training_of(point: dict) -> str:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    search = suggestions(GRID, training_of=training_of)
+    search.trainings["another"] = "a"
+    assert [search.suggest(name) for name in "012"] == [None] * 3
+    search.trainings.clear()
+    assert isinstance(search.suggest("3"), dict)
+
+
 def test_nothing_is_suggested_once_the_sweep_is_to_stop():
     search = suggestions(GRID)
     assert isinstance(search.suggest("0"), dict)

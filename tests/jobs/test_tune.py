@@ -264,6 +264,8 @@ def test_bad_spaces_are_refused_before_anything_starts(tmp_path):
     some = "{'loss.mask_ratio': [0.3, 0.6]}"
     refused(some, "max_trials = None: search = 'random' has no end without", search="random")
     refused("[{'loss.mask_ratio': 0.3}]", "lists its trials, so there is nothing to draw", search="optuna", max_trials=2)
+    refused("{'evaluate.sampling.cfg_scale': [1.0, 2.0]}", "scheduler = 'asha': would end a training that other suggested",
+            search="optuna", max_trials=2, scheduler="asha")
     refused(some, "num_seeds = 2: must be 1 for search = 'optuna'", search="optuna", max_trials=2, num_seeds=2)
     refused(some, "validate_every_steps = 10: must be in 1 .. train.num_steps - 1 for scheduler = 'asha'", scheduler="asha",
             **{"train.validate_every_steps": 10})
