@@ -104,9 +104,9 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
             failure.append(error)
 
     thread = threading.Thread(target=run, daemon=True, name="fit")
-    thread.start()
     reason = None
     with contextlib.closing(_Growth(config, num_workers)) as growth:
+        thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
             try:
