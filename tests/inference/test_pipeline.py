@@ -118,6 +118,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_push_to_hub_uploads_a_pipeline_and_its_card(checkpoint, tmp_path):
     """The real client against a small server that speaks the hub's upload calls."""
     files: dict[str, bytes] = {}

@@ -173,6 +173,7 @@ def test_too_many_bad_images_stop_the_job_and_more_patience_goes_on(tmp_path, ra
     assert {p: p.stat().st_mtime_ns for p in done} == done
 
 
+@pytest.mark.slow
 def test_no_readable_image_is_refused(tmp_path, ray_session):
     write_parquet(tmp_path / "s.parquet", [(b"x", 0)] * 3)
     with pytest.raises(ValueError, match="no readable image"):

@@ -94,6 +94,7 @@ def several_averages(rank: int, folder: Path, output: Path) -> None:
     run(rank, folder, output, ema=dataclasses.replace(begun, more_decays=(0.5,)))
 
 
+@pytest.mark.slow
 def test_rank_0_reads_for_all_and_two_train_as_one(folder, tmp_path):
     assert finish(launch(several_averages, folder, tmp_path)) == [0] * NUM_RANKS
     assert finish(launch(without_a_store, folder, tmp_path)) == [0] * NUM_RANKS
