@@ -352,7 +352,7 @@ def shell_commands() -> list[tuple[str, Path]]:
             if path.suffix == ".yaml" and not line.startswith("#"):
                 continue  # entrypoints and the launcher's lists are read as YAML
             line = line.strip().removeprefix("#").strip()
-            if re.match("(ray|python|sbatch) ", line) or "ray start --block" in line:
+            if re.match(r"(\(umask 077; )?(ray|python|sbatch) ", line) or "ray start --block" in line:
                 found.append((re.split(r"\s+# ", line)[0], path))
     return [(re.sub(r"\$(MDT_\w+)", lambda name: settings()[name[1]], line), path) for line, path in found]
 
