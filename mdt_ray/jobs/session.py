@@ -42,7 +42,8 @@ def start(dashboard: bool = False) -> None:
         ray.shutdown()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logger.info("starting Ray: %s", os.environ.get("RAY_ADDRESS", "on this machine"))
+    address = os.environ.get("RAY_ADDRESS")
+    logger.info("%s", f"joining the Ray at {address}" if address else "starting Ray on this machine")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:

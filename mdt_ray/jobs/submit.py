@@ -139,7 +139,8 @@ def _client(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address or None)
     except RayError as error:  # of authentication
         raise RuntimeError(f"address = {address!r}: the cluster asks for its token; set RAY_AUTH_MODE=token, and "
-                           "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH") from error
+                           "have the token of its head in ~/.ray/auth_token, RAY_AUTH_TOKEN, or the file named by "
+                           "RAY_AUTH_TOKEN_PATH") from error
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RuntimeError(f"address = {address!r}: {error}; name the cluster's dashboard, as --address "
                            "http://127.0.0.1:8265 where that is forwarded from its head") from error
