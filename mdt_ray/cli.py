@@ -5,9 +5,11 @@ import importlib
 import itertools
 import json
 import logging
+import operator
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -186,14 +188,19 @@ def parse(job: str, arguments: list[str]) -> Any:
 def _shape(job: str) -> str:
     if job == "submit":
         return "mdt-ray submit [settings] <job> [what is to follow it]"
-    first = f"<{JOBS[job].positional}> " if JOBS[job].positional else "[preset] " if _has_presets(job) else ""
-    known = f"\n\npresets: {', '.join(presets.OVERVIEW)}" if _has_presets(job) else ""
-    return f"mdt-ray {job} {first}[--config FILE.toml|.json] [--debug] [settings]{known}"
+    rest = "[--config FILE.toml|.json] [--debug] [settings]"
+    if _from_preset(job):
+        return f"mdt-ray {job} [preset] {rest}\n\npresets: {', '.join(presets.OVERVIEW)}"
+    return f"mdt-ray {job} <{JOBS[job].positional}> {rest}" if JOBS[job].positional else f"mdt-ray {job} {rest}"
 
 
-def _has_presets(job: str) -> bool:
+def _from_preset(job: str) -> Callable[[QuickstartConfig], Any] | None:
+    """What gives a job's settings of a preset; None for a job that has no presets."""
     name = job.rpartition(" ")[2]
-    return name in ("quickstart", "plan", "sweep") or name in {f.name for f in dataclasses.fields(QuickstartConfig)}
+    found = {"quickstart": lambda preset: preset, "plan": presets.plan_of, "sweep": presets.sweep_of}
+    if name in {field.name for field in dataclasses.fields(QuickstartConfig)}:
+        return operator.attrgetter(name)
+    return found.get(name)
 
 
 def submission(config: SubmitConfig, words: list[str]) -> SubmitConfig:
@@ -217,8 +224,7 @@ def _require_needed(job: str, settings: Any) -> None:
     for name in JOBS[job].needed:
         if not getattr(settings, name):
             raise ValueError(f"--{name.replace('_', '-')}: not given; name it" + (
-                "" if not _has_presets(job)
-                else f", or start from a preset ({', '.join(presets.OVERVIEW)})"))
+                f", or start from a preset ({', '.join(presets.OVERVIEW)})" if _from_preset(job) else ""))
 
 
 def _refuse_temporary(settings: Any) -> None:
@@ -256,14 +262,10 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
 
 
 def _of_job(job: str, preset: QuickstartConfig) -> Any:
-    name = job.rpartition(" ")[2]
-    if name == "quickstart":
-        return preset
-    if name in ("plan", "sweep"):
-        return {"plan": presets.plan_of, "sweep": presets.sweep_of}[name](preset)
-    if not _has_presets(job):
+    settings_of = _from_preset(job)
+    if settings_of is None:
         raise ValueError(f"{job} has no presets; give its settings")
-    return getattr(preset, name)
+    return settings_of(preset)
 
 
 def _preview(job: str, config: Any) -> str:

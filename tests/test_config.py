@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+import psutil
 import pytest
 
 from mdt_ray import config_io, presets, run_folder, storage
@@ -201,7 +201,7 @@ def test_the_lock_of_a_dead_process_that_nobody_has_reaped_is_taken_over(tmp_pat
             with run_folder.claim(str(tmp_path), run):
                 pass
         owner.kill()
-        while Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        while psutil.Process(owner.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.05)
         with run_folder.claim(str(tmp_path), run):
             pass

@@ -156,7 +156,7 @@ def outages_told() -> Iterator[None]:
         yield
     except ValueError as error:
         cause = error.__cause__
-        while cause is not None and not (isinstance(cause, OSError) and not isinstance(cause, MENDABLE)):
+        while cause is not None and (not isinstance(cause, OSError) or isinstance(cause, MENDABLE)):
             cause = cause.__cause__
         if cause is None:
             raise
