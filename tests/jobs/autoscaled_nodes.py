@@ -8,11 +8,9 @@ Prints one JSON line with what it saw.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,6 +18,8 @@ import ray
 from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
+from tests.clusters import free_port
+from tests.jobs.preflight_nodes import wait
 from tests.jobs.test_kills import TRAIN
 from tests.jobs.train_nodes import STORE, Driver
 
@@ -29,12 +29,8 @@ PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeP
 
 def start(folder: Path) -> tuple[subprocess.Popen, str]:
     """A head of one CPU with an autoscaler that may add three nodes like it; the process that leads it, and its address."""
-    with socket.socket() as gcs, socket.socket() as client:  # below the ports that Ray gives to workers
-        gcs.bind(("127.0.0.1", 0))
-        client.bind(("127.0.0.1", 0))
-        port, client_port = gcs.getsockname()[1], client.getsockname()[1]
+    port, client_port = free_port(), free_port()
     address = f"{get_node_ip_address()}:{port}"
-    kind = {"node_config": {}, "min_workers": 0}
     lists = ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands",
              "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
     config = folder / "autoscaler.yaml"
@@ -44,7 +40,8 @@ def start(folder: Path) -> tuple[subprocess.Popen, str]:
                      "head_node_id": FAKE_HEAD_NODE_ID},
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-            "worker": kind | {"resources": {"CPU": 1, "object_store_memory": STORE}, "max_workers": 3}},
+            "worker": {"resources": {"CPU": 1, "object_store_memory": STORE}, "node_config": {}, "min_workers": 0,
+                       "max_workers": 3}},
         "head_node_type": "ray.head.default", "auth": {}, "docker": {}, "file_mounts": {},
         "file_mounts_sync_continuously": False} | {name: [] for name in lists}))
     environment = os.environ | {
@@ -57,13 +54,6 @@ def start(folder: Path) -> tuple[subprocess.Popen, str]:
         head = subprocess.Popen([sys.executable, "-c", "from ray.scripts.scripts import main; main()", *command],
                                 env=environment, stdout=log, stderr=log, start_new_session=True)
     return head, address
-
-
-def wait_for(moment: Callable[[], bool], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not moment():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.2)
 
 
 def num_nodes() -> int:
@@ -82,7 +72,7 @@ def main(latents: str, output: str) -> dict:
         return drivers[-1]
 
     try:
-        wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text())
+        wait(lambda: "Ray runtime started" in (folder / "head.log").read_text())
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         seen = {"before": num_nodes()}
         first = train("first", 2)
@@ -98,7 +88,7 @@ def main(latents: str, output: str) -> dict:
         seen["second"] = num_nodes()
         second.process.kill()
         # Ray Train asks for its workers' nodes as well, through an actor of no job, which forgets that after three minutes.
-        wait_for(lambda: num_nodes() == 1, 300)
+        wait(lambda: num_nodes() == 1, 300)
         seen["after"] = num_nodes()
     finally:
         for driver in drivers:

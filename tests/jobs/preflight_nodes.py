@@ -24,8 +24,8 @@ from tests.helpers import make_latents, tiny_training
 STORE = 80 * 2**20
 
 
-def wait(moment) -> None:
-    end = time.monotonic() + 120
+def wait(moment, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
     while not moment():
         assert time.monotonic() < end, "it did not come to that"
         time.sleep(0.05)
