@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import operator
+import os
 import shlex
 import signal
 import sys
@@ -76,8 +77,7 @@ JOBS = {
     "latents inspect": Job(InspectConfig, "what a folder of latents holds", ("folder",), "inspect", positional="folder"),
     "latents verify": Job(VerifyConfig, "whether a folder of latents is whole, and what some decode to", ("folder",),
                           "verify", positional="folder"),
-    "submit": Job(SubmitConfig, "one of these on a Ray cluster, with its progress and its exit code here", ("command",),
-                  "submit"),
+    "submit": Job(SubmitConfig, "one of these on a Ray cluster, with its progress and its exit code here", (), "submit"),
     "submit list": Job(ClusterConfig, "the jobs of a cluster", (), "list_jobs"),
     "submit logs": Job(ClusterConfig, "what a job printed, and prints", ("job",), "logs", positional="job"),
     "submit stop": Job(ClusterConfig, "stop a job, after its checkpoint; the same command goes on", ("job",), "stop",
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     job, rest = job_of(arguments)
     if job not in JOBS:
-        print(f"mdt-ray: unknown job {job!r}{config_io.suggestion(job, JOBS)}", file=sys.stderr)
+        print(f"mdt-ray: {_unknown(job)}", file=sys.stderr)
         return 2
     debug = "--debug" in rest
     try:
@@ -112,8 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(job, error, 2)
     try:
-        print(run(job, command.settings, command.dry_run))
-        return 0
+        return _print(run(job, command.settings, command.dry_run))
     except Stopped as stop:
         print(f"mdt-ray {job}: {stop}; this goes on:\n  {shlex.join(['mdt-ray', *typed])}", file=sys.stderr)
         return 128 + stop.signum
@@ -130,9 +129,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def job_of(words: list[str]) -> tuple[str, list[str]]:
-    """The job that a command line begins with, of one word or two, and what follows. It may be none of JOBS."""
+    """The job that a command line begins with, of one word or two, and what follows. It may be none of JOBS. What else
+    `submit` does may come after its settings."""
+    if words[0] == "submit" and (cut := _cut(words[1:]))[1] and f"submit {cut[1][0]}" in JOBS:
+        return f"submit {cut[1][0]}", [*cut[1][1:], *cut[0]]
     two = " ".join(words[:2])
     return (two, words[2:]) if two in JOBS and len(words) > 1 else (words[0], words[1:])
+
+
+def _unknown(job: str) -> str:
+    return f"unknown job {job!r}{config_io.suggestion(job, JOBS)}"
 
 
 def usage() -> str:
@@ -179,8 +185,10 @@ def parse(job: str, arguments: list[str]) -> Any:
 
     command = tyro.cli(Command, args=arguments, prog=f"mdt-ray {job}", default=Command(settings=default),
                        description=f"{text}.\n\nusage: {_shape(job)}")
-    if job == "submit" and (submitted or command.settings.command):
+    if job == "submit":
         words = submitted or list(command.settings.command)  # given last, or by --command or a file
+        if not words:
+            raise ValueError("no job to submit; name one: mdt-ray submit [settings] <job> [what is to follow it]")
         command = dataclasses.replace(command, settings=submission(command.settings, words))
     return command
 
@@ -212,6 +220,8 @@ def submission(config: SubmitConfig, words: list[str]) -> SubmitConfig:
     job, rest = job_of(words)
     if job == "submit" or job.startswith("submit "):
         raise ValueError("a submitted command cannot be `submit`")
+    if job not in JOBS:
+        raise ValueError(_unknown(job))
     found = parse(job, rest)
     if not found.dry_run:
         _require_needed(job, found.settings)
@@ -236,12 +246,13 @@ def _refuse_temporary(settings: Any) -> None:
 
 
 def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What comes before the first word that is a job (and not the value of a setting), and the rest."""
+    """What comes before the first word that is neither a setting nor its value, and the rest."""
     flags = ("--detach", "--no-detach", "--dry-run", "--no-dry-run", "--debug")
-    jobs = {job.partition(" ")[0] for job in JOBS}
     for place, (before, word) in enumerate(itertools.pairwise(["", *arguments])):
+        if before == "--command":  # whose values are many
+            break
         is_value = before.startswith("--") and "=" not in before and before not in flags
-        if word in jobs and not is_value:
+        if not word.startswith("-") and not is_value:
             return arguments[:place], arguments[place:]
     return arguments, []
 
@@ -251,7 +262,7 @@ def run(job: str, config: Any, dry_run: bool = False) -> str:
     if dry_run:
         return _preview(job, config)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "ray", "urllib3"):
+    for name in ("httpx", "matplotlib", "ray", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
     _require_needed(job, config)
     if UPLOADED in Path.cwd().parts:
@@ -272,6 +283,9 @@ def _preview(job: str, config: Any) -> str:
     settings = json.dumps(config_io.to_dict(config), indent=1)
     if job == "tune":  # whose trials are not to be seen from the settings
         settings += f"\n{importlib.import_module('mdt_ray.jobs.tune').preview(config)}"
+    if job == "submit":
+        return (f"{settings}\nmdt-ray submit would upload {config.working_dir} and run on the cluster:\n"
+                f"  {shlex.join(['mdt-ray', *config.command])}")
     if "output" not in JOBS[job].needed:
         return f"{settings}\nmdt-ray {job} would write nothing"
     run = _held_run(config.output)
@@ -336,6 +350,16 @@ def _below(folder: str, name: str) -> str:
     return storage.join(folder, name)
 
 
+def _print(text: str) -> int:
+    """Print a job's last line; returns the exit code, which is a shell's where who reads it has gone (as `| head` does)."""
+    try:
+        print(text, flush=True)
+        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 128 + signal.SIGPIPE
+
+
 def _stopped(job: str, signum: int) -> int:
     print(f"\nmdt-ray {job}: stopped; the same command goes on", file=sys.stderr)
     return 128 + signum
@@ -344,7 +368,9 @@ def _stopped(job: str, signum: int) -> int:
 def _fail(job: str, error: Exception, code: int) -> int:
     job, text = config_io.redacted(job), config_io.redacted(str(error)) or type(error).__name__
     known = isinstance(error, ValueError | RuntimeError | OSError)
-    print(f"mdt-ray {job}: error: {text if known else f'{type(error).__name__}: {text}'}", file=sys.stderr)
+    wanted = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    print(f"mdt-ray {job}: {'' if wanted else 'error: '}{text if known else f'{type(error).__name__}: {text}'}",
+          file=sys.stderr)
     if not known:
         print("(--debug shows the traceback)", file=sys.stderr)
     return code

@@ -14,6 +14,8 @@ from mdt_ray.jobs import nodes
 
 logger = logging.getLogger(__name__)
 
+DASHBOARD = "RAY_API_SERVER_ADDRESS"
+"""Variable that says where a cluster's dashboard is."""
 WAITING_CPUS = 2
 """Logical CPUs of a local session beyond the machine's, for processes that mostly wait (drivers, readers)."""
 
@@ -73,6 +75,16 @@ def start_heeding(dashboard: bool = False) -> Wish:
             if wish.signum is None:
                 raise
     return wish
+
+
+def find_dashboard(address: str) -> str:
+    """Let Ray's clients speak to `address`, where one is given: they would take the environment's first. Returns what names
+    theirs, for an error."""
+    if address:
+        os.environ[DASHBOARD] = address
+        return f"address = {address!r}"
+    found = [name for name in (DASHBOARD, "RAY_ADDRESS") if os.environ.get(name)]
+    return f"{found[0]} = {os.environ[found[0]]!r}" if found else "address: not given"
 
 
 def require_spare_cpu(workers: WorkersConfig) -> None:

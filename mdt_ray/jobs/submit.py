@@ -20,6 +20,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import mdt_ray
 from mdt_ray import config_io
 from mdt_ray.config import ClusterConfig, SubmitConfig
+from mdt_ray.jobs import session
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ BAR = re.compile(r"^\w[\w -]*: +\d+%\|")
 ERROR = re.compile(r"^mdt-ray [\w -]+: error: ")
 """How a job's last words begin (cli.py)."""
 HINT = "(--debug shows the traceback)"
+OURS = ("python", "-m", "mdt_ray.cli")
+"""What a submitted command begins with on the cluster, where there is no `mdt-ray`."""
 UPLOAD_BYTES = 100e6
 """Of a folder without .rayignore, at most."""
 PATIENCE_SECONDS = 120.0
@@ -59,7 +62,7 @@ def submit(config: SubmitConfig) -> str:
         environment["py_modules"] = [str(package), str(package.parent / "tune_spaces")]
     words = [word for word in config.command[:2] if re.fullmatch(r"[\w-]+", word) and not word.startswith("-")]
     name = config.name or f"{'-'.join(words)}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    _start(client, name, shlex.join(["python", "-m", "mdt_ray.cli", *config.command]), environment)
+    _start(client, name, shlex.join([*OURS, *config.command]), environment)
     if config.detach:
         return f"job {name}\n{_handles(name, config.address)}"
     logger.info("job %s", name)
@@ -77,7 +80,7 @@ def list_jobs(config: ClusterConfig) -> str:
         begin = (job.start_time or 0) / 1000
         seconds = int((job.end_time / 1000 if job.end_time else time.time()) - begin)
         rows.append((job.submission_id, state, f"{datetime.datetime.fromtimestamp(begin):%Y-%m-%d %H:%M}",
-                     str(datetime.timedelta(seconds=seconds)), config_io.redacted(job.entrypoint)))
+                     str(datetime.timedelta(seconds=seconds)), _typed(job.entrypoint)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
                      for row in rows)
@@ -99,7 +102,7 @@ def stop(config: ClusterConfig) -> str:
     while not (info := client.get_job_info(config.job)).status.is_terminal():
         time.sleep(0.5)
     return (f"job {config.job}: {_state(client, config.job)}; submit the same command to go on:\n"
-            f"  {config_io.redacted(info.entrypoint)}")
+            f"  {_typed(info.entrypoint, f'mdt-ray submit{_at(config.address)}')}")
 
 
 def _refuse_upload(folder: Path) -> None:
@@ -117,7 +120,7 @@ def _refuse_upload(folder: Path) -> None:
 
 def _start(client: JobSubmissionClient, name: str, entrypoint: str, environment: dict) -> None:
     """Upload and start. A cluster that has only just begun has no process for that yet."""
-    end = time.monotonic() + PATIENCE_SECONDS
+    end, told = time.monotonic() + PATIENCE_SECONDS, False
     while True:
         try:
             client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata={"name": name})
@@ -126,8 +129,15 @@ def _start(client: JobSubmissionClient, name: str, entrypoint: str, environment:
             if f"{name} already exists" in str(error):
                 raise ValueError(f"name = {name!r}: the cluster has had a job of that name; give another one, or follow it: "
                                  f"mdt-ray submit logs {name}") from error
-            if "No available agent" not in str(error) or time.monotonic() > end:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > end:
+                raise RuntimeError(f"the cluster's head has no agent, which starts jobs, after {PATIENCE_SECONDS:.0f} s; "
+                                   "look for dashboard_agent.log in /tmp/ray/session_latest/logs there; a port that another "
+                                   "Ray on that machine has (--dashboard-agent-listen-port) is one cause") from error
+            if not told:
+                logger.info("waiting for the agent of the cluster's head, which starts jobs")
+                told = True
         time.sleep(1)
 
 
@@ -135,14 +145,16 @@ def _client(address: str) -> JobSubmissionClient:
     # (They name every file that is not uploaded, and every connection.)
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    where = session.find_dashboard(address)
     try:
-        return JobSubmissionClient(address or None)
+        return JobSubmissionClient()
     except RayError as error:  # of authentication
-        raise RuntimeError(f"address = {address!r}: the cluster asks for its token; set RAY_AUTH_MODE=token, and "
-                           "have the token of its head in ~/.ray/auth_token, RAY_AUTH_TOKEN, or the file named by "
-                           "RAY_AUTH_TOKEN_PATH") from error
+        said = "refuses the token that it was given" if "invalid" in str(error) else "asks for its token"
+        raise RuntimeError(f"{where}: the cluster {said}; set RAY_AUTH_MODE=token, and have the token of its head in "
+                           "RAY_AUTH_TOKEN, the file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token, the first of "
+                           "which counts") from error
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RuntimeError(f"address = {address!r}: {error}; name the cluster's dashboard, as --address "
+        raise RuntimeError(f"{where}: {str(error).strip().removesuffix('.')}; name the cluster's dashboard, as --address "
                            "http://127.0.0.1:8265 where that is forwarded from its head") from error
 
 
@@ -159,9 +171,18 @@ def _state(client: JobSubmissionClient, name: str) -> str:
     return f"{info.status.value.lower()}{code}"
 
 
+def _at(address: str) -> str:
+    return f" --address {shlex.quote(address)}" if address else ""
+
+
+def _typed(entrypoint: str, before: str = "mdt-ray") -> str:
+    """A job's command as one types it, without secrets."""
+    ours = shlex.join(OURS) + " "
+    return config_io.redacted(f"{before} {entrypoint.removeprefix(ours)}" if entrypoint.startswith(ours) else entrypoint)
+
+
 def _handles(name: str, address: str) -> str:
-    where = f" --address {shlex.quote(address)}" if address else ""
-    return f"follow it: mdt-ray submit logs {name}{where}\nstop it: mdt-ray submit stop {name}{where}"
+    return f"follow it: mdt-ray submit logs {name}{_at(address)}\nstop it: mdt-ray submit stop {name}{_at(address)}"
 
 
 def _follow(client: JobSubmissionClient, name: str, address: str) -> str:

@@ -29,6 +29,8 @@ from tests.test_cli import run as command_line
     (["evaluate", "imagenet256-s-2", "--output", "s3://bucket/judged"], "--reference: not given; name it"),
     (["--command", "train", "digits"], "output = 'runs/digits/train'"),
     (["--stop-seconds", "0", "train", "--output", "s3://bucket/run"], "stop_seconds = 0: must be positive"),
+    ([], "no job to submit; name one: mdt-ray submit"),
+    (["trian", "digits"], "unknown job 'trian'; did you mean 'train'"),
 ])
 def test_a_wrong_command_is_refused_here(arguments, message, capsys):
     code, _, error = command_line("submit", "--address", "http://127.0.0.1:1", *arguments, capsys=capsys)
@@ -37,13 +39,16 @@ def test_a_wrong_command_is_refused_here(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["submit"], "--command: not given; name it"),
     (["submit", "train", "--latents", "s3://bucket/latents", "--output", "s3://bucket/run"],
-     "Failed to connect to Ray at address: http://127.0.0.1:1"),
+     "RAY_API_SERVER_ADDRESS = 'http://127.0.0.1:1': Failed to connect to Ray at address: http://127.0.0.1:1; name the"),
     (["submit", "list"], "name the cluster's dashboard, as --address http://127.0.0.1:8265"),
+    (["submit", "list", "--address", "http://127.0.0.1:2"], "address = 'http://127.0.0.1:2': Failed to connect"),
+    (["submit", "--address", "http://127.0.0.1:2", "logs", "x"], "submit logs: error: address = 'http://127.0.0.1:2'"),
     (["submit", "stop"], "--job: not given; name it"),
+    (["submit", "--address", "http://127.0.0.1:2", "stop"], "--job: not given; name it"),
 ])
 def test_no_cluster_ends_with_1_and_what_to_do(arguments, message, monkeypatch, capsys):
+    """The address that was given wins over the environment's, which Ray would take first."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     assert cli.main(arguments) == 1
     assert message in " ".join(capsys.readouterr().err.split())
@@ -78,6 +83,14 @@ def test_a_log_is_shown_as_it_was_and_its_bar_in_one_line(monkeypatch, is_termin
             assert shown == log + "\n"
 
 
+def test_a_dry_run_says_what_would_be_run(capsys):
+    command = ["train", "digits", "--output", "/shared/my run"]
+    code, out, _ = command_line("submit", "--dry-run", *command, capsys=capsys)
+    assert code == 0
+    assert out.endswith("mdt-ray submit would upload . and run on the cluster:\n"
+                        "  mdt-ray train digits --output '/shared/my run'\n")
+
+
 def test_the_upload_is_small(tmp_path):
     """Packed by Ray itself, of a working copy with all that stands in .rayignore."""
     create_package(str(ROOT), tmp_path / "package.zip", include_gitignore=True)
@@ -90,6 +103,7 @@ def test_the_upload_is_small(tmp_path):
 
 def test_a_home_folder_and_a_large_one_are_not_uploaded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "people" / "me"))
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     (tmp_path / "people" / "me" / "data").mkdir(parents=True)
     for folder in ("people/me", "people"):
         with pytest.raises(ValueError, match="your keys and all else would go to the cluster; give the command in another"):
@@ -148,9 +162,11 @@ def test_a_job_is_followed_to_its_end_good_or_bad(head, tmp_path):
                      "Use another output folder", failed.stderr, re.DOTALL)
     twice = run(head, "--name", "short", *train, "--num-steps", "5")
     assert (twice.returncode, "the cluster has had a job of that name" in twice.stderr) == (1, True), twice.stderr
-    strange = run(head, "list", RAY_AUTH_MODE="disabled")
-    assert strange.returncode == 1
-    assert "the cluster asks for its token; set RAY_AUTH_MODE=token" in strange.stderr
+    for environment, said in (({"RAY_AUTH_MODE": "disabled"}, "asks for its token"),
+                              ({"RAY_AUTH_TOKEN": "a" * 64}, "refuses the token that it was given")):
+        strange = run(head, "list", **environment)
+        assert strange.returncode == 1
+        assert f"the cluster {said}; set RAY_AUTH_MODE=token" in strange.stderr
 
 
 @pytest.mark.ray
@@ -174,14 +190,17 @@ def test_a_detached_job_is_listed_and_stopped_and_goes_on(head, tmp_path):
     assert listed[1].split()[:2] == ["long", "running"]
     stopped = run(head, "stop", "long")
     assert stopped.returncode == 0
-    assert "job long: stopped" in stopped.stdout
+    assert re.search("job long: stopped.*; submit the same command to go on:\n  "
+                     f"mdt-ray submit --address {head.address} train --batch-size", stopped.stdout), stopped.stdout
     step = checkpoints.newest_step(f"{tmp_path}/run")
-    assert step % 10, "a checkpoint of its own"
     followed = run(head, "logs", "long")
     assert followed.returncode == 143
+    assert int(re.findall(r"step (\d+)/100000", followed.stderr)[-1]) <= step, "a checkpoint of its own"
     assert "mdt-ray train: stopped; the newest checkpoint is that of step" in followed.stderr
+    assert "mdt-ray submit logs: job long was stopped; the same command goes on" in followed.stderr
     again = run(head, "--name", "again", *train, "--num-steps", str(step + 5), cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    assert f"going on from the checkpoint of step {step}\n" in again.stderr
     rows = checkpoints.read_metrics(f"{tmp_path}/run/metrics.parquet")
     assert [row["step"] for row in rows] == list(range(1, step + 6))
     assert harness.leftovers(tmp_path / "run") == []
