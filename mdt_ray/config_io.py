@@ -66,11 +66,11 @@ def _without_none(config: Any) -> dict[str, Any]:
     return found
 
 
-def suggestion(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known name, else the list of known names."""
+def suggestion(name: str, known: typing.Iterable[str], shown: typing.Iterable[str] = ()) -> str:
+    """`; did you mean 'x'?` for the nearest known name, else the known names, or a shorter list that stands for them."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(shown or known)}"
 
 
 def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:

@@ -198,5 +198,5 @@ OVERVIEW = {
 def preset(name: str) -> QuickstartConfig:
     """The preset of that name. Raises ValueError naming the nearest one."""
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}{config_io.suggestion(name, PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}{config_io.suggestion(name, PRESETS, OVERVIEW)}")
     return PRESETS[name]()

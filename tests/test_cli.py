@@ -27,6 +27,7 @@ def run(*arguments: str, capsys) -> tuple[int, str, str]:
 @pytest.mark.parametrize(("arguments", "message"), [
     (["trian"], "unknown job 'trian'; did you mean 'train'"),
     (["train", "digts"], "unknown preset 'digts'; did you mean 'digits'"),
+    (["train", "zzz"], "unknown preset 'zzz'; known: digits, fashion, imagenet256-{s,b,l,xl}-{1,2,4,8}{,-fast},"),
     (["train", "digits", "--optim.lrr", "1"], "Perhaps you meant"),
     (["train", "digits", "--loss.mask-ratio", "1.0"], "loss.mask_ratio = 1.0: must be in [0, 1)"),
     (["train", "digits", "--model.patch-size", "3"], "model.patch_size = 3: must divide the latent size 4"),
@@ -63,6 +64,15 @@ def test_a_failed_job_ends_with_1_and_one_message(arguments, message, tmp_path, 
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists(), "nothing is written before the settings are found good"
+
+
+def test_who_reads_the_output_may_have_gone():
+    """As `| head` does."""
+    process = subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", "plan", "digits", "--dry-run"], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -159,7 +169,7 @@ def test_presets_are_offered_where_a_job_takes_them(capsys):
         offered = "presets: digits" in capsys.readouterr().out
         try:
             cli.parse(job, ["digits"])
-            taken = not cli.JOBS[job].positional and job != "submit"
+            taken = not cli.JOBS[job].positional
         except ValueError as error:
-            taken = "has no presets" not in str(error)
+            taken = "has no presets" not in str(error) and job != "submit"
         assert offered == taken, job
