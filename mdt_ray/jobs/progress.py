@@ -16,8 +16,8 @@ from tqdm import tqdm
 def bar(total: int, unit: str, title: str, initial: int = 0) -> tqdm:
     """A bar with rate and time left; where stderr is no terminal, a line now and then."""
     interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, initial=initial, unit=unit, desc=f"{title:<10}", mininterval=interval, dynamic_ncols=True,
-                file=sys.stderr, smoothing=0.1)
+    return tqdm(total=total, initial=initial, unit=unit, desc=f"{title:<10}", mininterval=interval, miniters=0,
+                dynamic_ncols=True, file=sys.stderr, smoothing=0.1)
 
 
 logger = logging.getLogger(__name__)

@@ -217,7 +217,8 @@ class _Ledger(ray.tune.Callback):
         if row["trial"] in self.told:
             return
         self.steps[row["trial"]] = f"{row['point']}: step {row['step']} loss {row['loss']:.3f}"
-        self.bar.set_postfix_str("; ".join(self.steps.values()))
+        self.bar.set_postfix_str("; ".join(self.steps.values()), refresh=False)
+        self.bar.update(0)  # which shows it where the last line is old enough
 
     def on_trial_start(self, iteration, trials, trial, **info):
         self.running.add(trial.trial_id)

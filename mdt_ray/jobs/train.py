@@ -103,6 +103,8 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
                 logger.info("starting from %s; %s lists what is taken and what is new", config.init_from,
                             storage.join(config.output, INIT_FROM))
             first_step = checkpoints.newest_step(config.output)
+            if first_step and not finished:
+                logger.info("going on from the checkpoint of step %d", first_step)
             with (open_trackers(config.track, config.output, run, first_step) as track, listening() as wish,
                   _shown(config, first_step, track, on_row) as show):
                 on_the_way = previews.Previews(config, show)
