@@ -32,6 +32,7 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python >= 3.11 is needed; name one with: make PYTHON=python3.11"; exit 1; }
+	@echo "Making $(VENV): some minutes, of which pip says nothing"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,assets]"
 	@touch $(STAMP)
