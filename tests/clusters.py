@@ -76,14 +76,14 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def head(folder: Path, num_cpus: int = 3, **variables: str) -> Iterator[Head]:
+def head(folder: Path, num_cpus: int = 3, agent_port: int = 0, **variables: str) -> Iterator[Head]:
     """Start one, and end all its processes. `variables` are set in its processes, not in the laptop's environment."""
     outside = environment(folder)
-    port = free_port()
+    port, agent_port = free_port(), agent_port or free_port()
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as sessions:  # sockets: short
         process = subprocess.Popen(
             [*RAY_HERE, "start", "--head", "--block", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
-             f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}", f"--num-cpus={num_cpus}",
+             f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent_port}", f"--num-cpus={num_cpus}",
              "--object-store-memory=200000000", f"--temp-dir={sessions}", "--disable-usage-stats"],
             env=outside | variables, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True)

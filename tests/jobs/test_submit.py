@@ -2,6 +2,7 @@
 
 import io
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -235,15 +236,33 @@ def test_a_job_that_no_shell_stands_above_ends_with_its_signal(head):
     assert (followed.returncode, "job shot was ended by SIGKILL" in followed.stderr) == (137, True), followed.stderr
 
 
+def impatient(seconds: int) -> list[str]:
+    return [sys.executable, "-c", "import sys; from mdt_ray import cli; from mdt_ray.jobs import submit; "
+            f"submit.PATIENCE_SECONDS = {seconds}; sys.exit(cli.main(sys.argv[1:]))", "submit"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_head_without_an_agent_is_told(tmp_path):
+    """Another process has its port."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        with clusters.head(tmp_path, agent_port=other.getsockname()[1]) as head:
+            done = subprocess.run([*impatient(15), "--address", head.address, *training(tmp_path)], cwd=ROOT, text=True,
+                                  env=head.environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
+    assert done.returncode == 1
+    assert "waiting for the agent of the cluster's head, which starts jobs\n" in done.stderr
+    assert "error: the cluster's head has no agent, which starts jobs, after 15 s; look for" in done.stderr
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_following_ends_when_the_cluster_does_not_come_back(tmp_path):
-    impatient = "import sys; from mdt_ray import cli; from mdt_ray.jobs import submit; submit.PATIENCE_SECONDS = 3; " \
-                "sys.exit(cli.main(sys.argv[1:]))"
     train = [*training(tmp_path), "--num-steps", "100000"]
     with clusters.head(tmp_path) as head:
         process = subprocess.Popen(
-            [sys.executable, "-c", impatient, "submit", "--address", head.address, "--name", "orphan", *train], text=True,
+            [*impatient(3), "--address", head.address, "--name", "orphan", *train], text=True,
             env=head.environment | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         while "step" not in process.stdout.readline():
             assert process.poll() is None
