@@ -148,14 +148,17 @@ def patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
     for pause in waits(fs):
         try:
             return call()
-        except FileNotFoundError:
-            raise
         except OSError as error:
-            if any(word in str(error) for word in REFUSALS):
+            if isinstance(error, FileNotFoundError) or is_refusal(error):
                 raise
             logger.warning("%s; trying again in %.0f s", error, pause)
             time.sleep(pause)
     return call()
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a file system said no, and would the next time."""
+    return isinstance(error, PermissionError) or any(word in str(error) for word in REFUSALS)
 
 
 def waits(fs: pafs.FileSystem) -> tuple[float, ...]:

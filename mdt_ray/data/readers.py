@@ -187,8 +187,7 @@ def _persist(fs: pafs.FileSystem, name: str, folder: str, read: Callable[[], byt
         try:
             return read()
         except OSError as error:
-            refused = isinstance(error, PermissionError) or any(word in str(error) for word in storage.REFUSALS)
-            if refused or isinstance(error, FileNotFoundError) or not waits:
+            if storage.is_refusal(error) or isinstance(error, FileNotFoundError) or not waits:
                 remedy = "it was there when the source was listed: put it back, or use a new output folder" \
                     if isinstance(error, FileNotFoundError) else "mend the access and run the same command again"
                 raise ValueError(f"{storage.join(folder, name)}: cannot be read ({error}); {remedy}") from error

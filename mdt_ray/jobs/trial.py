@@ -35,8 +35,8 @@ FAILURES = (ValueError, TrainingDiverged, torch.OutOfMemoryError, MemoryError)
 """What is the trial's own fault, and would come again."""
 NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What PyTorch says where a CPU's, or a GPU's library's, does not suffice."""
-MENDABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""What a store says that does answer, for somebody to mend."""
+MENDABLE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""Beside refusals, what a store says that does answer, for somebody to mend."""
 EVALUATE = "evaluate."
 
 
@@ -156,11 +156,11 @@ def outages_told() -> Iterator[None]:
         yield
     except ValueError as error:
         cause = error.__cause__
-        while cause is not None and (not isinstance(cause, OSError) or isinstance(cause, MENDABLE)):
+        while cause is not None:
+            if isinstance(cause, OSError) and not isinstance(cause, MENDABLE) and not storage.is_refusal(cause):
+                raise OSError(str(error)) from error
             cause = cause.__cause__
-        if cause is None:
-            raise
-        raise OSError(str(error)) from error
+        raise
 
 
 @outages_told()

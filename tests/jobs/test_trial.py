@@ -53,6 +53,16 @@ def test_after_some_times_it_has_failed_unless_its_processes_were_lost(one, erro
     assert ((one.result() or {}).get("status") == "failed") == failed
 
 
+@pytest.mark.parametrize(("cause", "told"), [
+    (OSError("When reading from bucket: AWS Error NETWORK_CONNECTION"), OSError), (ConnectionError("hub"), OSError),
+    (OSError("When reading from bucket: AWS Error ACCESS_DENIED"), ValueError), (PermissionError("no"), ValueError),
+    (FileNotFoundError("none"), ValueError), (KeyError("x"), ValueError)])
+def test_what_does_not_answer_is_told_from_what_says_no(cause, told):
+    with pytest.raises(told) as caught, trial.outages_told():
+        raise ValueError("cannot be read") from cause
+    assert type(caught.value) is told
+
+
 @pytest.mark.slow
 def test_what_a_store_that_is_away_holds_back_is_no_fault_of_a_trial(monkeypatch):
     """It would be failed for good after half a minute without the store. A file that is not there is somebody's to mend."""
