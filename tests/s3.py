@@ -15,6 +15,8 @@ import boto3
 import pyarrow.fs as pafs
 import pytest
 
+from tests.clusters import free_port
+
 SECRET = "nobody-may-write-this-down"
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
 BUCKET = "pictures"
@@ -162,9 +164,7 @@ def forwarded(store: Store, seconds: float = 0.0, host: str = "127.0.0.1") -> It
 
 @contextlib.contextmanager
 def serve() -> Iterator[Store]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

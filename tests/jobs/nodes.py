@@ -6,12 +6,12 @@ Prints one JSON line with what it saw.
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
+from tests.clusters import free_port
 from tests.jobs.test_precompute import encoding
 
 
@@ -25,11 +25,8 @@ def main(source: str, output: str) -> dict:
     from ray.util.state import list_actors, list_tasks
 
     store = 150 * 2**20
-    with socket.socket() as probe:  # another Ray may hold the default port
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 1, "object_store_memory": store, "include_dashboard": True, "dashboard_port": port})
+        "num_cpus": 1, "object_store_memory": store, "include_dashboard": True, "dashboard_port": free_port()})
     os.environ["RAY_ADDRESS"] = cluster.address  # a cluster, which may grow
     ray.init(log_to_driver=False)
     head = ray.get_runtime_context().get_node_id()

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.clusters import free_port
 from tests.jobs.test_kills import TRAIN
 
 STORE = 150 * 2**20
@@ -58,11 +58,8 @@ def two_nodes() -> tuple[Any, Any]:
         os.environ.setdefault(name, value)
     from ray.cluster_utils import Cluster
 
-    with socket.socket() as probe:  # another Ray may hold the default port
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": 1, "object_store_memory": STORE, "include_dashboard": True, "dashboard_port": port})
+        "num_cpus": 1, "object_store_memory": STORE, "include_dashboard": True, "dashboard_port": free_port()})
     return cluster, cluster.add_node(num_cpus=1, object_store_memory=STORE)
 
 
