@@ -105,7 +105,7 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
 
     thread = threading.Thread(target=run, daemon=True, name="fit")
     reason = None
-    with contextlib.closing(_Growth(config, num_workers)) as growth:
+    with contextlib.closing(_Growth(config, num_workers, control)) as growth:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
@@ -155,16 +155,18 @@ def _reason(control: Any, wish: Wish, growth: "_Growth") -> str | None:
 
 
 class _Growth:
-    """Whether more workers fit than run, for long enough. Until then they are asked for."""
+    """Whether more workers fit than run, for long enough. Until then they are asked for, from when those that run have
+    started: before, what asks for more would take the room that they start in."""
 
-    def __init__(self, config: TrainConfig, num_workers: int):
-        self.workers = config.workers
+    def __init__(self, config: TrainConfig, num_workers: int, control: Any):
+        self.workers, self.num_workers, self.control = config.workers, num_workers, control
         self.wanted = config.workers.num_workers - num_workers
+        self.have_started = False
         self.demand = nodes.Demand(config.workers, self.wanted, config.output)
         self.since: float | None = None
 
     def is_due(self) -> bool:
-        if self.wanted <= 0:
+        if self.wanted <= 0 or not self._have_started():
             return False
         self.demand.ask()
         if nodes.room_for(self.workers) < 1 and not self.demand.is_met():
@@ -172,6 +174,13 @@ class _Growth:
             return False
         self.since = self.since or time.monotonic()
         return time.monotonic() - self.since > GROW_AFTER_SECONDS
+
+    def _have_started(self) -> bool:
+        if not self.have_started:
+            with contextlib.suppress(RayError):
+                arrived = ray.get(self.control.where.remote(), timeout=ANSWER_SECONDS)
+                self.have_started = len(arrived) == self.num_workers
+        return self.have_started
 
     def close(self) -> None:
         try:

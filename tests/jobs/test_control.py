@@ -4,8 +4,9 @@ import time
 
 import pytest
 
-from mdt_ray.config import TrainConfig
+from mdt_ray.config import TrainConfig, WorkersConfig
 from mdt_ray.interrupts import Wish
+from tests import harness
 
 pytestmark = pytest.mark.ray
 
@@ -66,6 +67,27 @@ def test_a_wish_reaches_the_workers(channel):
             time.sleep(0.05)
 
     assert watch(fit, channel, wish) == control.STOPPED
+
+
+def test_more_workers_are_asked_for_when_the_others_have_started(channel):
+    """Before, what asks would take the room that they start in."""
+    from mdt_ray.jobs import control, nodes
+
+    config = TrainConfig(latents="l", output="o", min_workers=1, workers=WorkersConfig(num_workers=2, cpus_per_worker=1))
+    asked = []
+
+    def fit():
+        time.sleep(4 * control.POLL_SECONDS)
+        asked.append(len(nodes.reserved()))
+        channel.arrive.remote(0, "node")
+        end = time.monotonic() + 20
+        while not nodes.reserved() and time.monotonic() < end:
+            time.sleep(0.05)
+        asked.append(len(nodes.reserved()))
+
+    assert control.watch(fit, channel, config, 1, Wish(), lambda row: None, lambda: None) is None
+    assert asked == [0, 1]
+    assert harness.open_placement_groups() == []
 
 
 def test_what_the_workers_raise_comes_out(channel):
