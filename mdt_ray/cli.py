@@ -91,8 +91,18 @@ UPLOADED = "working_dir_files"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a job; returns the exit code: 0 only on success, 1 for a failed job, 2 for a wrong command line, 128 + the number
-    of the signal for one that was asked to stop."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    of the signal for one that was asked to stop, or whose reader has gone (as `| head` does)."""
+    try:
+        try:
+            return _main(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 128 + signal.SIGPIPE
+
+
+def _main(arguments: list[str]) -> int:
     typed = list(arguments)
     try:
         for name, value in itertools.pairwise(["", *arguments]):
@@ -112,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _fail(job, error, 2)
     try:
-        return _print(run(job, command.settings, command.dry_run))
+        said = run(job, command.settings, command.dry_run)
     except Stopped as stop:
         print(f"mdt-ray {job}: {stop}; this goes on:\n  {shlex.join(['mdt-ray', *typed])}", file=sys.stderr)
         return 128 + stop.signum
@@ -126,6 +136,8 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         return _fail(job, error, getattr(error, "exit_code", 1))
+    print(said)
+    return 0
 
 
 def job_of(words: list[str]) -> tuple[str, list[str]]:
@@ -246,14 +258,15 @@ def _refuse_temporary(settings: Any) -> None:
 
 
 def _cut(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """What comes before the first word that is neither a setting nor its value, and the rest."""
-    flags = ("--detach", "--no-detach", "--dry-run", "--no-dry-run", "--debug")
+    """What comes before the first word that is neither a setting nor its value, and the rest; `--` may stand between."""
+    flags = ("--detach", "--no-detach", "--dry-run", "--no-dry-run", "--debug", "--help", "-h")
     for place, (before, word) in enumerate(itertools.pairwise(["", *arguments])):
         if before == "--command":  # whose values are many
             break
-        is_value = before.startswith("--") and "=" not in before and before not in flags
-        if not word.startswith("-") and not is_value:
-            return arguments[:place], arguments[place:]
+        if before.startswith("--") and "=" not in before and before not in flags:
+            continue
+        if word == "--" or not word.startswith("-"):
+            return arguments[:place], arguments[place + (word == "--"):]
     return arguments, []
 
 
@@ -281,11 +294,10 @@ def _of_job(job: str, preset: QuickstartConfig) -> Any:
 
 def _preview(job: str, config: Any) -> str:
     settings = json.dumps(config_io.to_dict(config), indent=1)
-    if job == "tune":  # whose trials are not to be seen from the settings
-        settings += f"\n{importlib.import_module('mdt_ray.jobs.tune').preview(config)}"
+    if job in ("tune", "submit"):  # of which the settings do not show what would be run
+        settings += f"\n{importlib.import_module(f'mdt_ray.jobs.{job}').preview(config)}"
     if job == "submit":
-        return (f"{settings}\nmdt-ray submit would upload {config.working_dir} and run on the cluster:\n"
-                f"  {shlex.join(['mdt-ray', *config.command])}")
+        return settings
     if "output" not in JOBS[job].needed:
         return f"{settings}\nmdt-ray {job} would write nothing"
     run = _held_run(config.output)
@@ -348,16 +360,6 @@ def _below(folder: str, name: str) -> str:
     from mdt_ray import storage
 
     return storage.join(folder, name)
-
-
-def _print(text: str) -> int:
-    """Print a job's last line; returns the exit code, which is a shell's where who reads it has gone (as `| head` does)."""
-    try:
-        print(text, flush=True)
-        return 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
-        return 128 + signal.SIGPIPE
 
 
 def _stopped(job: str, signum: int) -> int:

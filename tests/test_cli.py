@@ -66,10 +66,11 @@ def test_a_failed_job_ends_with_1_and_one_message(arguments, message, tmp_path, 
     assert not (tmp_path / "out").exists(), "nothing is written before the settings are found good"
 
 
-def test_who_reads_the_output_may_have_gone():
+@pytest.mark.parametrize("words", [["plan", "digits", "--dry-run"], ["train", "--help"], ["--help"]])
+def test_who_reads_the_output_may_have_gone(words):
     """As `| head` does."""
-    process = subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", "plan", "digits", "--dry-run"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", *words], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 141

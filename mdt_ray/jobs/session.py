@@ -8,6 +8,7 @@ import signal
 import ray
 from ray._private.worker import get_dashboard_url
 
+from mdt_ray import config_io
 from mdt_ray.config import WorkersConfig
 from mdt_ray.interrupts import Wish, stop_signals
 from mdt_ray.jobs import nodes
@@ -79,12 +80,15 @@ def start_heeding(dashboard: bool = False) -> Wish:
 
 def find_dashboard(address: str) -> str:
     """Let Ray's clients speak to `address`, where one is given: they would take the environment's first. Returns what names
-    theirs, for an error."""
+    theirs, for an error. Raises ValueError for one with a secret."""
     if address:
         os.environ[DASHBOARD] = address
         return f"address = {address!r}"
-    found = [name for name in (DASHBOARD, "RAY_ADDRESS") if os.environ.get(name)]
-    return f"{found[0]} = {os.environ[found[0]]!r}" if found else "address: not given"
+    for name in (DASHBOARD, "RAY_ADDRESS"):
+        if found := os.environ.get(name):
+            config_io.refuse_secrets(name, found)
+            return f"{name} = {found!r}"
+    return "address: not given"
 
 
 def require_spare_cpu(workers: WorkersConfig) -> None:

@@ -69,6 +69,13 @@ def submit(config: SubmitConfig) -> str:
     return _follow(client, name, config.address)
 
 
+def preview(config: SubmitConfig) -> str:
+    """What `submit` would do. Raises ValueError for a folder that is not to be uploaded; asks no cluster."""
+    _refuse_upload(Path(config.working_dir).absolute())
+    return (f"mdt-ray submit would upload {config.working_dir} and run on the cluster:\n"
+            f"  {shlex.join(['mdt-ray', *config.command])}")
+
+
 def list_jobs(config: ClusterConfig) -> str:
     """The submitted jobs of a cluster, newest first, a line each: name, state, start, duration, command."""
     rows = [("job", "state", "started", "took", "command")]
@@ -101,7 +108,7 @@ def stop(config: ClusterConfig) -> str:
     client.stop_job(config.job)
     while not (info := client.get_job_info(config.job)).status.is_terminal():
         time.sleep(0.5)
-    return (f"job {config.job}: {_state(client, config.job)}; submit the same command to go on:\n"
+    return (f"job {config.job}: {_state(client, config.job)}; submit the same command from the same folder to go on:\n"
             f"  {_typed(info.entrypoint, f'mdt-ray submit{_at(config.address)}')}")
 
 
@@ -201,6 +208,8 @@ def _follow(client: JobSubmissionClient, name: str, address: str) -> str:
     code = info.driver_exit_code or 1
     code = 128 - code if code < 0 else code  # of a process that no shell stood above
     how = f"was ended by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else "failed"
+    if code - 128 in (signal.SIGINT, signal.SIGTERM):  # of somebody else than Ray, which then says that it was stopped
+        raise JobEnded(f"job {name} {how}; the same command goes on", code)
     raise JobEnded(f"job {name} {how}: {_last_error(client.get_job_logs(name)) or info.message}", code)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def test_a_wrong_command_is_refused_here(arguments, message, capsys):
     (["submit", "--address", "http://127.0.0.1:2", "logs", "x"], "submit logs: error: address = 'http://127.0.0.1:2'"),
     (["submit", "stop"], "--job: not given; name it"),
     (["submit", "--address", "http://127.0.0.1:2", "stop"], "--job: not given; name it"),
+    (["submit", "--dry-run", "--working-dir", "/", "train", "--output", "/x", "--latents", "/y"], "your keys and all else"),
 ])
 def test_no_cluster_ends_with_1_and_what_to_do(arguments, message, monkeypatch, capsys):
     """The address that was given wins over the environment's, which Ray would take first."""
@@ -55,10 +57,19 @@ def test_no_cluster_ends_with_1_and_what_to_do(arguments, message, monkeypatch, 
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_an_address_of_the_environment_may_hold_no_secret(monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://me:hunter2@127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"http://\*\*\*@127.0.0.1:1': holds a secret") as caught:
+        cli.main(["submit", "list", "--debug"])
+    assert "hunter2" not in str(caught.value)
+
+
 def test_the_command_begins_at_the_first_word_that_is_a_job():
     words = ["--name", "train", "--detach", "evaluate", "sweep", "--output", "s3://b/x"]
     assert cli._cut(words) == (words[:3], words[3:])
     assert cli._cut(["--address=tune", "tune", "digits"]) == (["--address=tune"], ["tune", "digits"])
+    assert cli._cut(["--detach", "--", "tune", "--", "x"]) == (["--detach"], ["tune", "--", "x"])
+    assert cli.job_of(["submit", "--help", "list"]) == ("submit list", ["--help"])
     for words in (["train", "digits", "--output", "/x"], ["evaluate", "--output", "/x", "--dry-run"]):
         assert cli.submission(SubmitConfig(), words).command == tuple(words)
 
@@ -189,9 +200,17 @@ def test_a_detached_job_is_listed_and_stopped_and_goes_on(head, tmp_path):
     assert s3.SECRET not in known
     listed = run(head, "list").stdout.splitlines()
     assert listed[1].split()[:2] == ["long", "running"]
+    follower = subprocess.Popen([sys.executable, "-m", "mdt_ray.cli", "submit", "--address", head.address, "logs", "long"],
+                                env=head.environment | {"PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
+    while "step" not in follower.stdout.readline():
+        assert follower.poll() is None
+    follower.send_signal(signal.SIGINT)
+    left, _ = follower.communicate(timeout=60)
+    assert (follower.returncode, "mdt-ray submit logs: job long goes on\nfollow it: " in left) == (130, True), left
     stopped = run(head, "stop", "long")
     assert stopped.returncode == 0
-    assert re.search("job long: stopped.*; submit the same command to go on:\n  "
+    assert re.search("job long: stopped.*; submit the same command from the same folder to go on:\n  "
                      f"mdt-ray submit --address {head.address} train --batch-size", stopped.stdout), stopped.stdout
     step = checkpoints.newest_step(f"{tmp_path}/run")
     followed = run(head, "logs", "long")
@@ -228,12 +247,17 @@ def test_what_a_job_uses_was_uploaded(head):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_job_that_no_shell_stands_above_ends_with_its_signal(head):
-    submission = [str(harness.RAY), "job", "submit", "--address", head.address, "--submission-id", "shot", "--no-wait", "--"]
-    command = ["exec", "python", "-c", "import os; os.kill(os.getpid(), 9)"]
+@pytest.mark.parametrize(("number", "said"), [
+    (9, "mdt-ray submit logs: error: job shot-9 was ended by SIGKILL: "),
+    (15, "mdt-ray submit logs: job shot-15 was ended by SIGTERM; the same command goes on\n")])
+def test_a_job_that_no_shell_stands_above_ends_with_its_signal(head, number, said):
+    submission = [str(harness.RAY), "job", "submit", "--address", head.address, "--submission-id", f"shot-{number}",
+                  "--no-wait", "--"]
+    command = ["exec", "python", "-c", f"import os; os.kill(os.getpid(), {number})"]
     subprocess.run(submission + command, env=head.environment, check=True, capture_output=True, timeout=60)
-    followed = run(head, "logs", "shot")
-    assert (followed.returncode, "job shot was ended by SIGKILL" in followed.stderr) == (137, True), followed.stderr
+    followed = run(head, "logs", f"shot-{number}")
+    assert followed.returncode == 128 + number
+    assert said in followed.stderr
 
 
 def impatient(seconds: int) -> list[str]:
