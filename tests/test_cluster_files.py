@@ -340,10 +340,12 @@ def test_no_secret_is_written_down():
 
 
 def shell_commands() -> list[tuple[str, Path]]:
-    """All commands in the files of cluster/, their settings filled in: of manifests, scripts, comments, pages."""
+    """All commands in the files of cluster/ and on the other pages, their settings filled in: of manifests, scripts,
+    comments, pages."""
     found = [(entrypoint(name), KUBERAY / name) for name in RAY_JOBS]
     for path in (CLUSTER / "README.md", CLUSTER / "Dockerfile", CLUSTER / "launcher.yaml", CLUSTER / "leave.sh",
-                 CLUSTER / "slurm" / "run.sbatch", *KUBERAY.rglob("*.yaml")):
+                 CLUSTER / "slurm" / "run.sbatch", *KUBERAY.rglob("*.yaml"), ROOT / "README.md",
+                 *(ROOT / "docs").glob("*.md")):
         text = re.sub(r"\\\n[#\s]*", " ", path.read_text())
         if path.name == "launcher.yaml":
             launcher = read(path)
