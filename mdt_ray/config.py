@@ -716,7 +716,7 @@ class ClusterConfig:
     job: str = operational("")
     """Its name, as `submit` and `submit list` print it."""
     address: str = operational("")
-    """The cluster's dashboard, as http://127.0.0.1:8265; without one what RAY_API_SERVER_ADDRESS says."""
+    """The cluster's dashboard, as http://127.0.0.1:8265; by default that of RAY_API_SERVER_ADDRESS, or of a Ray here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -726,7 +726,7 @@ class SubmitConfig:
     command: tuple[str, ...] = operational(())
     """The job and its settings, as after `mdt-ray`."""
     address: str = operational("")
-    """The cluster's dashboard, as http://127.0.0.1:8265; without one what RAY_API_SERVER_ADDRESS says."""
+    """The cluster's dashboard, as http://127.0.0.1:8265; by default that of RAY_API_SERVER_ADDRESS, or of a Ray here."""
     name: str = operational("")
     """Name of the job on the cluster; without one the command's first words and the time."""
     working_dir: str = operational(".")
