@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from tests import s3
 
 # With more threads than idle cores, torch's threads wait for each other and run many times slower.
 torch.set_num_threads(1)
+# A shell lets what it starts in the background ignore Ctrl-C, and that what it starts: tests send it to jobs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
 ROOT = Path(__file__).parents[1]
