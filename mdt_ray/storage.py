@@ -34,6 +34,10 @@ RETRY_SECONDS = (1.0, 5.0, 20.0)
 """Waited before a store is asked again."""
 REFUSALS = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_UPLOAD")
 """In the errors of stores that would say the same again."""
+MENDABLE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""Beside refusals, what a store says that does answer, for somebody to mend."""
+REGION = "When resolving region"
+"""How pyarrow's error begins where S3 does not say in which region a bucket is."""
 TEMPORARY = ".tmp-"
 """In the names of what is not whole yet, or of no use for longer than a run."""
 FULL_BYTES = 2**20
@@ -51,15 +55,21 @@ def absolute(uri: str) -> str:
 
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a URI and the path in it. Raises ValueError for a URI that no filesystem opens, or that holds a
-    secret."""
+    secret, and OSError where S3 does not say for some time in which region a bucket is, which a process asks it once."""
     config_io.refuse_secrets("path", uri)
     where = absolute(uri)
     if where.startswith("s3://"):  # small objects in one request instead of three
         where += f"{'&' if '?' in where else '?'}allow_delayed_open=true"
-    try:
-        return pafs.FileSystem.from_uri(where)
-    except (ValueError, OSError, NotImplementedError) as error:
-        raise ValueError(f"cannot open {uri!r}: {error}; use a local path or s3://, gs://, hdfs://") from error
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            return pafs.FileSystem.from_uri(where)
+        except (ValueError, OSError, NotImplementedError) as error:
+            if REGION not in str(error):
+                raise ValueError(f"cannot open {uri!r}: {error}; use a local path or s3://, gs://, hdfs://") from error
+            if pause is None or is_refusal(error):
+                raise
+            logger.warning("%s; trying again in %.0f s", error, pause)
+            time.sleep(pause)
 
 
 def resolve_below(folder: str, name: str) -> tuple[pafs.FileSystem, str]:
@@ -159,6 +169,20 @@ def patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
 def is_refusal(error: BaseException) -> bool:
     """Whether a file system said no, and would the next time."""
     return isinstance(error, PermissionError) or any(word in str(error) for word in REFUSALS)
+
+
+@contextmanager
+def outages_told() -> Iterator[None]:
+    """A ValueError that comes of a store or a hub which did not answer, as the OSError that it was."""
+    try:
+        yield
+    except ValueError as error:
+        cause = error.__cause__
+        while cause is not None:
+            if isinstance(cause, OSError) and not isinstance(cause, MENDABLE) and not is_refusal(cause):
+                raise OSError(str(error)) from error
+            cause = cause.__cause__
+        raise
 
 
 def waits(fs: pafs.FileSystem) -> tuple[float, ...]:

@@ -163,6 +163,33 @@ def test_unknown_schemes_are_refused_with_the_remedy():
         storage.resolve("ftp://x/y")
 
 
+@pytest.mark.parametrize(("answers", "raised"), [
+    (["When resolving region for bucket 'b': AWS Error NETWORK_CONNECTION", None], None),
+    (["When resolving region for bucket 'b': AWS Error NETWORK_CONNECTION"] * 2, OSError),
+    (["When resolving region for bucket 'b': AWS Error ACCESS_DENIED", None], OSError),
+    (["Bucket 'b' not found"], ValueError)])
+def test_the_region_of_a_bucket_is_asked_for_again(monkeypatch, answers, raised):
+    """Over a network that is away for a moment: no bad setting, which would end a job."""
+    left = iter(answers)
+
+    class FileSystem:
+        @staticmethod
+        def from_uri(uri: str):
+            error = next(left)
+            if error:
+                raise OSError(error)
+            return "opened"
+
+    monkeypatch.setattr(storage, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(storage.pafs, "FileSystem", FileSystem)
+    if raised is None:
+        assert storage.resolve("s3://b/x") == "opened"
+    else:
+        with pytest.raises(raised) as caught:
+            storage.resolve("s3://b/x")
+        assert type(caught.value) is raised
+
+
 def test_damaged_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x.json: damaged JSON"):

@@ -78,7 +78,7 @@ def run_suggested(sweep: Sweep, space: Space, known: list[Trial], invalid_points
     """Run the known trials that have not ended, then what Optuna suggests after all of them, up to so many points; returns
     as `run_listed`, or that there were no more points.
 
-    Raises ValueError without Optuna.
+    Raises ValueError without Optuna, and OSError where the store has gone.
     """
     config, metric = sweep.config, sweep.metric
     try:
@@ -93,6 +93,8 @@ def run_suggested(sweep: Sweep, space: Space, known: list[Trial], invalid_points
     suggestions = Suggestions(space, metrics, modes, points, config.train.seed + len(points),
                               functools.partial(_training_of, config))  # (Tune pickles it)
     reason = _fit(sweep, total=num_wanted, known=known, suggestions=suggestions)
+    if suggestions.failure:
+        raise suggestions.failure
     return reason or ("the space has no other points" if suggestions.exhausted else None)
 
 
@@ -100,7 +102,7 @@ def _training_of(config: TuneConfig, point: Point) -> str | None:
     """The folder that a point's training writes to; None where nothing is to be trained: the trial has ended, or is no valid
     setting."""
     try:
-        with trial.outages_told():
+        with storage.outages_told():
             found = trial.resolve_trial(config, point, config.train.seed)
     except ValueError:
         return None
@@ -297,7 +299,7 @@ def _run_trials(params: dict[str, Any], config: TuneConfig, groups: Sequence[lis
     if ray.get(channel.asked.remote()):
         return ray.tune.report({"status": LEFT})
     try:
-        with trial.outages_told():
+        with storage.outages_told():
             here = _trials_of(params, config, groups)
     except ValueError as error:
         invalid(config.output, dict(params), config.train.seed, str(error))

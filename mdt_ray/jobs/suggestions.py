@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray.tune
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
+from mdt_ray import storage
 from mdt_ray.tuning.space import Point, Space
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,8 @@ MAX_REPEATS = 20
 """Suggestions that are known already, in a row, after which a new point is taken: TPE would repeat the best for long."""
 MAX_DRAWS = 1000
 """Draws from ranges, without a new point, after which the space counts as exhausted."""
+AWAY_SECONDS = 120.0
+"""How long a store may not answer before nothing more is suggested."""
 
 
 class Suggestions(OptunaSearch):
@@ -29,7 +33,7 @@ class Suggestions(OptunaSearch):
     def __init__(self, space: Space, metrics: list[str], modes: list[str], known: list[Point], seed: int,
                  training_of: Callable[[Point], str | None]):
         """known: points that come first, in this order. training_of: what trials share that may not run at the same time;
-        where it raises OSError, it is asked again."""
+        where it raises OSError, it is asked again, for some time."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         domains = {key: ray.tune.choice(value) if isinstance(value, list) else value for key, value in space.values.items()}
         # (With a list of metrics Tune hands on what a trial ends with, and no rows before, which do not have them.)
@@ -45,6 +49,9 @@ class Suggestions(OptunaSearch):
         self.exhausted = False
         """Whether there was no new point left."""
         self.finished = False
+        self.away_since: float | None = None
+        self.failure: OSError | None = None
+        """What the store said last, where it refused, or did not answer for AWAY_SECONDS."""
 
     def set_finished(self) -> None:
         """Suggest no more."""
@@ -61,9 +68,14 @@ class Suggestions(OptunaSearch):
         if self.training == "":
             try:
                 self.training = self.training_of(self.waiting.params)
-            except OSError as error:  # a store that does not answer; Tune asks again, every moment
+            except OSError as error:  # Tune asks again, every moment
+                self.away_since = self.away_since or time.monotonic()
+                if storage.is_refusal(error) or time.monotonic() - self.away_since > AWAY_SECONDS:
+                    self.failure, self.finished = error, True
+                    return self.FINISHED
                 logger.warning("%s", error)
                 return None
+            self.away_since = None
         if self.training is not None and self.training in self.trainings.values():
             return None
         self.trainings[trial_id] = self.training

@@ -11,7 +11,7 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -35,8 +35,6 @@ FAILURES = (ValueError, TrainingDiverged, torch.OutOfMemoryError, MemoryError)
 """What is the trial's own fault, and would come again."""
 NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What PyTorch says where a CPU's, or a GPU's library's, does not suffice."""
-MENDABLE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-"""Beside refusals, what a store says that does answer, for somebody to mend."""
 EVALUATE = "evaluate."
 
 
@@ -133,7 +131,7 @@ def _train(config: TrainConfig, claim: Claim, on_row: Callable[[dict[str, Any]],
     run_folder.record(config.output, described)
     device = session.settle(config.workers, config.deterministic)
     with contextlib.ExitStack() as stack:
-        with outages_told():
+        with storage.outages_told():
             track = stack.enter_context(
                 open_trackers(config.track, config.output, described, checkpoints.newest_step(config.output)))
 
@@ -149,21 +147,7 @@ def _train(config: TrainConfig, claim: Claim, on_row: Callable[[dict[str, Any]],
     return state.history
 
 
-@contextlib.contextmanager
-def outages_told() -> Iterator[None]:
-    """A ValueError that comes of a store or a hub which did not answer, as the OSError that it was."""
-    try:
-        yield
-    except ValueError as error:
-        cause = error.__cause__
-        while cause is not None:
-            if isinstance(cause, OSError) and not isinstance(cause, MENDABLE) and not storage.is_refusal(cause):
-                raise OSError(str(error)) from error
-            cause = cause.__cause__
-        raise
-
-
-@outages_told()
+@storage.outages_told()
 def _judge(trial: Trial, reference_root: str, wish: Wish) -> list[tuple[int, dict[str, float]]]:
     """Steps and metrics of the checkpoints kept for good, and of the last one."""
     every, last = trial.train.keep_every_steps, trial.train.num_steps

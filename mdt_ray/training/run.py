@@ -124,7 +124,8 @@ def _initial(config: TrainConfig, manifest: Manifest, rank: int, device: torch.d
     with _newest(config.output) as (found, files):
         if config.init_from and not found:
             if rank == 0:
-                done, started_from = transfer(model, load_any(config.init_from)), origin_of(config.init_from)
+                with storage.outages_told():  # which a launch or a trial may outlast
+                    done, started_from = transfer(model, load_any(config.init_from)), origin_of(config.init_from)
                 text = "\n  ".join([f"started from {config.init_from}:", *done.lines()])
                 logger.info("%s", text)
                 storage.write_bytes(storage.join(config.output, INIT_FROM), f"{text}\n".encode())

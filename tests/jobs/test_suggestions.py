@@ -1,7 +1,9 @@
 """What Optuna is let suggest, without Ray's processes: every point once, and no training in two processes at once."""
 
+import pytest
 import ray.tune
 
+from mdt_ray.jobs import suggestions as module
 from mdt_ray.jobs.suggestions import Suggestions
 from mdt_ray.tuning.space import Space
 
@@ -75,6 +77,19 @@ def test_a_store_that_is_away_keeps_a_point_waiting():
     assert [search.suggest(name) for name in "012"] == [None] * 3
     search.trainings.clear()
     assert isinstance(search.suggest("3"), dict)
+
+
+@pytest.mark.parametrize(("error", "patience", "gives_up"), [
+    (PermissionError("denied"), 120, True), (OSError("AWS Error ACCESS_DENIED"), 120, True),
+    (OSError("no answer"), 0, True), (OSError("no answer"), 120, False)])
+def test_a_store_that_has_gone_ends_the_search(monkeypatch, error, patience, gives_up):
+    def training_of(point: dict) -> str:
+        raise error
+
+    monkeypatch.setattr(module, "AWAY_SECONDS", patience)
+    search = suggestions(GRID, training_of=training_of)
+    assert [search.suggest("0") for _ in range(2)] == [search.FINISHED if gives_up else None] * 2
+    assert search.failure is (error if gives_up else None)
 
 
 def test_nothing_is_suggested_once_the_sweep_is_to_stop():

@@ -58,7 +58,7 @@ def test_after_some_times_it_has_failed_unless_its_processes_were_lost(one, erro
     (OSError("When reading from bucket: AWS Error ACCESS_DENIED"), ValueError), (PermissionError("no"), ValueError),
     (FileNotFoundError("none"), ValueError), (KeyError("x"), ValueError)])
 def test_what_does_not_answer_is_told_from_what_says_no(cause, told):
-    with pytest.raises(told) as caught, trial.outages_told():
+    with pytest.raises(told) as caught, storage.outages_told():
         raise ValueError("cannot be read") from cause
     assert type(caught.value) is told
 
@@ -69,7 +69,7 @@ def test_what_a_store_that_is_away_holds_back_is_no_fault_of_a_trial(monkeypatch
     s3.give_keys(monkeypatch)
     monkeypatch.setattr(storage, "RETRY_SECONDS", ())
     def read(uri: str) -> None:
-        with trial.outages_told(), open_archive(uri):
+        with storage.outages_told(), open_archive(uri):
             pass
 
     with s3.serve() as store, s3.forwarded(store) as line:
