@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray._private import state
 from ray._raylet import PlacementGroupID
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.util.placement_group import (
     NODE_ID_LABEL_KEY,
     PlacementGroup,
@@ -62,6 +63,18 @@ def reserved() -> set[str]:
             if name.endswith(job) and group["state"] != "REMOVED"}
 
 
+def orphans() -> set[str]:
+    """Ids of this job's placement groups whose creator, an actor, is dead: Ray frees them with the job only. (Ray Train's
+    controller goes with a trial's process that is lost, and not what it had reserved.)"""
+    job, found = ray.get_runtime_context().get_job_id(), set()
+    for row in state.state._connect_and_get_accessor().get_placement_group_table():
+        group = PlacementGroupTableData.FromString(row)
+        is_open = group.state != PlacementGroupTableData.REMOVED and group.creator_job_id.hex() == job
+        if is_open and group.creator_actor_dead and not ray.ActorID(group.creator_actor_id).is_nil():
+            found.add(group.placement_group_id.hex())
+    return found
+
+
 def release(groups: set[str]) -> None:
     """Give back what placement groups hold, and end what runs in them."""
     for name in groups:
@@ -83,16 +96,17 @@ class Demand:
 
     def ask(self) -> None:
         """Ask from now on."""
-        state = self._facts().get("state", "REMOVED")
-        if state == "RESCHEDULING":  # a node was lost, and the rest is still held
+        facts = self._facts()
+        if facts.get("state") == "RESCHEDULING" or _goes(facts):  # of other nodes a part may be held, of no use
             self.close()
-        if state in ("REMOVED", "RESCHEDULING"):  # (removed with those of a lost controller, maybe)
+            facts = {}
+        if facts.get("state", "REMOVED") == "REMOVED":  # (with those of a lost controller, maybe)
             self.group = placement_group(self.bundles, name=self.name)
 
     def is_met(self) -> bool:
         """Whether there is room for all workers, on nodes that stay: it is held until `close`."""
         facts = self._facts()
-        return facts.get("state") == "CREATED" and not draining() & set(facts["bundles_to_node_id"].values())
+        return facts.get("state") == "CREATED" and not _goes(facts)
 
     def close(self) -> None:
         """Ask no more, and give back what is held."""
@@ -102,6 +116,11 @@ class Demand:
 
     def _facts(self) -> dict[str, Any]:
         return placement_group_table(self.group) if self.group else {}
+
+
+def _goes(facts: dict[str, Any]) -> bool:
+    """Whether a placement group is on a node that is about to go."""
+    return bool(draining() & set(facts.get("bundles_to_node_id", {}).values()))
 
 
 def drop_demand(name: str) -> None:

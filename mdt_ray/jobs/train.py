@@ -97,7 +97,8 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
             listening = stop_signals if wish is None else functools.partial(contextlib.nullcontext, wish)
             _heed(config, session.start_heeding())
             with listening() as wish:
-                preflight.check_nodes(config, manifest)
+                if above is None:  # else its owner has looked: a trial is not to fail for a node that goes later
+                    preflight.check_nodes(config, manifest)
             _heed(config, wish)
             if config.init_from and not checkpoints.list_finished(config.output):
                 logger.info("starting from %s; %s lists what is taken and what is new", config.init_from,
@@ -119,7 +120,7 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
 
 
 def _catch_up(config: TrainConfig, run: dict, above: run_folder.Claim | None) -> None:
-    """Write the metrics beside the checkpoints, where a kill came between the last of these and them."""
+    """Write the metrics beside the checkpoints, where a kill came between the last of these, or of samples, and them."""
     uri = storage.join(config.output, METRICS)
     try:
         rows = checkpoints.read_metrics(storage.join(checkpoints.list_finished(config.output)[-1], METRICS))
@@ -127,7 +128,7 @@ def _catch_up(config: TrainConfig, run: dict, above: run_folder.Claim | None) ->
     except (FileNotFoundError, ValueError) as error:  # a damaged one, which training passes over
         logger.warning("%s", error)
         return
-    if len(written) < len(rows):
+    if written != samples.with_columns(config.output, rows):
         with run_folder.claim(config.output, run, above):
             write_metrics(config.output, rows)
 
@@ -207,6 +208,7 @@ def _wait_for_room(config: TrainConfig, wish: Wish) -> int:
                 if room < wanted:
                     logger.warning("going on with %d of %d workers: the cluster has no room for more", room, wanted)
                 return room
+            nodes.release(nodes.orphans())
             demand.ask()
             if now - told > 60:
                 told = now
@@ -246,12 +248,21 @@ def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers
             # A used name would make Ray resume from its own snapshot; ours is the only truth.
             name=f"{run['name']}-{uuid.uuid4().hex[:8]}", storage_path=storage.join(config.output, "ray"),
             # Workers that cannot be placed are for us to count again, not for Ray to try without end.
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0)))
+            failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)))
     try:
         return control.watch(functools.partial(_fit, trainer), channel, config, num_workers, wish, on_row, meanwhile)
     finally:
         ray.kill(channel)
-        storage.remove(storage.join(config.output, "ray"))
+        _clear(config.output, claim)
+
+
+def _clear(output: str, claim: run_folder.Claim) -> None:
+    """Delete what Ray wrote, but not for who has taken over. What the launch ended with counts more than an error here."""
+    try:
+        if run_folder.holds(claim):
+            storage.remove(storage.join(output, "ray"))
+    except OSError as error:
+        logger.warning("%s", error)
 
 
 def _fit(trainer: TorchTrainer) -> None:

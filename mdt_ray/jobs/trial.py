@@ -20,7 +20,7 @@ import torch
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import LossConfig, ModelConfig, TrainConfig, TuneConfig
 from mdt_ray.interrupts import Stopped, Wish
-from mdt_ray.jobs import control, fanout, session
+from mdt_ray.jobs import control, fanout, nodes, session
 from mdt_ray.jobs import evaluate as evaluating
 from mdt_ray.jobs import train as training
 from mdt_ray.run_folder import Claim
@@ -162,6 +162,7 @@ def _judge(trial: Trial, reference_root: str, wish: Wish) -> list[tuple[int, dic
 def _judge_apart(trial: Trial, reference_root: str, asked: control.Asked) -> list[tuple[int, dict[str, float]]]:
     """The same in a process with what one worker of the training had. Raises Stopped too."""
     workers = trial.train.workers
+    nodes.release(nodes.orphans())  # of a lost process of this trial
     task = _judged.options(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker,
                            scheduling_strategy="DEFAULT")  # not out of what Tune reserved for this process
     found = ray.get(task.remote(trial, reference_root, asked.control))

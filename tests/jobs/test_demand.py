@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import ray
 
 from mdt_ray.config import WorkersConfig
 from mdt_ray.jobs import nodes
@@ -61,3 +62,32 @@ def test_what_a_lost_process_asked_for_goes_with_the_next_of_its_name():
     again.close()
     lost.close()
     other.close()
+
+
+@ray.remote(num_cpus=0)
+class Holder:
+    """As Ray Train's controller in a trial's process."""
+
+    def hold(self) -> None:
+        self.demand = nodes.Demand(ONE, 1, f"held-{ray.get_runtime_context().get_actor_id()}")
+        self.demand.ask()
+
+
+def test_what_lost_processes_had_reserved_is_given_back():
+    """And nothing of those that live."""
+    mine = nodes.Demand(WorkersConfig(cpus_per_worker=0.01), 1, "mine")
+    mine.ask()
+    assert soon(mine.is_met)
+    free, lost, alive = nodes.room_for(ONE), Holder.remote(), Holder.remote()
+    ray.get([lost.hold.remote(), alive.hold.remote()])
+    assert soon(lambda: nodes.room_for(ONE) == free - 2)
+    assert nodes.orphans() == set()
+    ray.kill(lost)
+    assert soon(lambda: len(nodes.orphans()) == 1)
+    nodes.release(nodes.orphans())
+    assert soon(lambda: nodes.room_for(ONE) == free - 1)
+    assert nodes.orphans() == set()
+    mine.close()
+    ray.kill(alive)
+    assert soon(lambda: len(nodes.orphans()) == 1)
+    nodes.release(nodes.orphans())

@@ -1,11 +1,17 @@
 """train and tune on a real Ray: what they write, what they refuse, what they leave out."""
 
+import dataclasses
+
 import pytest
 
 from mdt_ray import checkpoints, run_folder, storage
 from mdt_ray.config import WorkersConfig
 from mdt_ray.data import latents
+from mdt_ray.interrupts import Wish
+from mdt_ray.jobs import train as training
 from mdt_ray.jobs.train import prepare, train
+from mdt_ray.training import run as rank
+from mdt_ray.training import samples
 from mdt_ray.training.contract import write_metrics
 from mdt_ray.training.run import run_rank
 from tests.helpers import make_latents, tiny_training
@@ -70,6 +76,65 @@ def test_metrics_that_a_kill_kept_from_being_written_come_with_the_next_run(tmp_
         train(config)
         assert storage.read_bytes(metrics) == whole
         storage.remove(metrics)
+
+
+def test_samples_that_a_kill_kept_out_of_the_metrics_come_with_the_next_run(tmp_path):
+    make_latents(tmp_path / "latents")
+    config, manifest, run = prepare(tiny_training(tmp_path / "latents", tmp_path / "out"))
+    run_folder.record(config.output, run)
+    run_rank(config, manifest, run)
+    metrics = tmp_path / "out" / "metrics.parquet"
+    last = checkpoints.read_metrics(str(metrics))[-1]["step"]
+    storage.write_json(storage.join(samples.folder_of(config.output, last), "preview.json"), {"columns": {"fid": 1.5}})
+    train(config)
+    assert checkpoints.read_metrics(str(metrics))[-1]["fid"] == 1.5
+    written = metrics.stat().st_mtime_ns
+    train(config)
+    assert metrics.stat().st_mtime_ns == written, "once"
+
+
+def test_only_who_owns_a_folder_looks_at_the_nodes_for_it(tmp_path, monkeypatch):
+    """A sweep has looked: a trial, whose errors are its own, is not to fail for a node that went since."""
+    def fail(*arguments):
+        raise ValueError("1 of 2 nodes cannot train")
+
+    def begin(*arguments):
+        raise RuntimeError("begun")
+
+    make_latents(tmp_path / "latents")
+    config = tiny_training(tmp_path / "latents", tmp_path / "out")
+    monkeypatch.setattr(training.session, "start_heeding", Wish)
+    monkeypatch.setattr(training.preflight, "check_nodes", fail)
+    monkeypatch.setattr(training, "_train_to_the_end", begin)
+    with pytest.raises(ValueError, match="nodes cannot train"):
+        train(config)
+    with pytest.raises(RuntimeError, match="begun"):
+        train(config, wish=Wish(), above=run_folder.Claim(config.output, "the sweep's"))
+
+
+def test_a_store_that_is_away_is_no_bad_setting_of_a_run_that_starts_from_weights(tmp_path, monkeypatch):
+    def read(source: str) -> None:
+        try:
+            raise ConnectionError("no answer")
+        except OSError as error:
+            raise ValueError(f"{source}: no such file") from error
+
+    make_latents(tmp_path / "latents")
+    config, manifest, run = prepare(tiny_training(tmp_path / "latents", tmp_path / "out"))
+    monkeypatch.setattr(rank, "load_any", read)
+    with pytest.raises(OSError, match="s3://bucket/weights: no such file"):
+        run_rank(dataclasses.replace(config, init_from="s3://bucket/weights"), manifest, run)
+
+
+def test_what_ray_wrote_for_a_successor_stays(tmp_path, monkeypatch):
+    (tmp_path / "ray").mkdir()
+    mine = run_folder.Claim(str(tmp_path), "mine")
+    storage.write_json(str(tmp_path / "lock.json"), {"token": "theirs"})
+    training._clear(str(tmp_path), mine)
+    assert (tmp_path / "ray").exists()
+    storage.write_json(str(tmp_path / "lock.json"), {"token": "mine"})
+    training._clear(str(tmp_path), mine)
+    assert not (tmp_path / "ray").exists()
 
 
 def test_latents_round_trip_through_the_manifest(tmp_path):

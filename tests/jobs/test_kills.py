@@ -271,6 +271,22 @@ def test_tune_goes_on_after_a_kill(folder, checkpoint, environment, victim):
 
 
 @pytest.mark.slow
+def test_a_trial_of_several_workers_gets_its_room_back_after_its_process_is_lost(folder, checkpoint, environment):
+    """Ray Train's controller goes with it, and what that had reserved would stay: there is no room for two."""
+    output = folder / "lost-trial-of-two"
+    code = harness.run_and_kill(
+        ["tune", "digits", "--output", str(output), "--train.latents", f"{folder}/digits", "--train.num-steps", "60",
+         "--train.checkpoint-every-steps", "15", "--train.workers.num-workers", "2",
+         "--train.workers.cpus-per-worker", "1.5", "--evaluate.num-samples", "50", "--max-trials", "1"],
+        environment, victim="ImplicitFunc", timeout=240,
+        when=lambda: any(output.glob("trainings/*/checkpoints/step-00000015/checksums.json")))
+    assert code == 0
+    assert len(json.loads((output / "results.json").read_text())["trials"]) == 1
+    assert harness.leftovers(output) == []
+    assert harness.open_placement_groups() == []
+
+
+@pytest.mark.slow
 def test_all_jobs_in_order_go_on_where_they_stopped(tmp_path, environment):
     """Killed while training, in the sweep and while evaluating: what was finished stays as it is."""
     command = ["quickstart", "digits", "--output", str(tmp_path), "--train.num-steps", "20",
