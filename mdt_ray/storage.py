@@ -60,16 +60,16 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     where = absolute(uri)
     if where.startswith("s3://"):  # small objects in one request instead of three
         where += f"{'&' if '?' in where else '?'}allow_delayed_open=true"
-    for pause in (*RETRY_SECONDS, None):
+
+    def open_() -> tuple[pafs.FileSystem, str]:
         try:
             return pafs.FileSystem.from_uri(where)
         except (ValueError, OSError, NotImplementedError) as error:
-            if REGION not in str(error):
-                raise ValueError(f"cannot open {uri!r}: {error}; use a local path or s3://, gs://, hdfs://") from error
-            if pause is None or is_refusal(error):
+            if REGION in str(error):
                 raise
-            logger.warning("%s; trying again in %.0f s", error, pause)
-            time.sleep(pause)
+            raise ValueError(f"cannot open {uri!r}: {error}; use a local path or s3://, gs://, hdfs://") from error
+
+    return _again(open_, RETRY_SECONDS)
 
 
 def resolve_below(folder: str, name: str) -> tuple[pafs.FileSystem, str]:
@@ -155,7 +155,12 @@ def parsed(uri: str, parse: Callable[[bytes], T]) -> T:
 def patiently(fs: pafs.FileSystem, call: Callable[[], T]) -> T:
     """What `call` returns; from a store that does not answer, or breaks off, also after some time. (The SDKs' own patience
     is a few seconds where connections are refused.)"""
-    for pause in waits(fs):
+    return _again(call, waits(fs))
+
+
+def _again(call: Callable[[], T], pauses: Iterable[float]) -> T:
+    """What `call` returns, after each of the pauses too where an OSError but no refusal came before."""
+    for pause in pauses:
         try:
             return call()
         except OSError as error:
