@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import socket
 import subprocess
 import threading
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mdt_ray
-from mdt_ray import config_io, storage
+from mdt_ray import config_io, processes, storage
 
 logger = logging.getLogger(__name__)
 LOCK = "lock.json"
@@ -112,7 +111,7 @@ def holds(claim: Claim) -> bool:
 def _lock(output: str) -> Iterator[Claim]:
     """The lock file names a process (host, boot, namespace, pid and start); a thread renews it while the owner lives."""
     uri = storage.join(output, LOCK)
-    owner = _here() | {"pid": os.getpid(), "started": _process_start(os.getpid()), "token": uuid.uuid4().hex}
+    owner = processes.where() | {"pid": os.getpid(), "started": processes.start_of(os.getpid()), "token": uuid.uuid4().hex}
     held = Claim(output, owner["token"])
     while not holds(held):  # (of two that find no lock at the same moment, the one that writes last has it)
         _refuse_living_owner(uri, output)
@@ -141,8 +140,8 @@ def _refuse_living_owner(uri: str, output: str) -> None:
     if not storage.exists(uri):
         return
     held = storage.read_json(uri)
-    if held.items() >= _here().items():
-        alive = _process_start(held["pid"]) == held["started"]
+    if held.items() >= processes.where().items():
+        alive = processes.start_of(held["pid"]) == held["started"]
     else:
         alive = abs(time.time() - held["renewed"]) < LONG_AGO_SECONDS and _is_renewed(uri, held)
     if alive:
@@ -163,23 +162,3 @@ def _is_renewed(uri: str, held: dict[str, Any]) -> bool:
         except FileNotFoundError:
             return False
     return False
-
-
-def _here() -> dict[str, str]:
-    """Where this process's pid means something: containers may have one host name, and each a pid 7 of its own."""
-    space = ""
-    with contextlib.suppress(OSError):  # systems without /proc
-        space = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    return {"host": socket.gethostname(), "space": space}
-
-
-def _process_start(pid: int) -> str | None:
-    """The kernel's start time of a process (tells a reused pid apart); None if there is no such process, or a dead one that
-    nobody has reaped."""
-    with contextlib.suppress(OSError):
-        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else facts[18]
-    with contextlib.suppress(OSError):
-        os.kill(pid, 0)  # systems without /proc
-        return "unknown"
-    return None

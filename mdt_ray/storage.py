@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 
-from mdt_ray import config_io
+from mdt_ray import config_io, processes
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -313,16 +313,12 @@ def _temporary(path: str) -> str:
 
 def scratch() -> Path:
     """A path on this machine, for what goes to a store or is of no use to others. Those of killed processes are deleted."""
-    root = Path(tempfile.gettempdir())
-    for path in root.glob("mdt_ray-*"):
-        owner = path.name.split("-")[1]
-        try:
-            os.kill(int(owner), 0)
-        except ProcessLookupError:
+    root, space = Path(tempfile.gettempdir()), "".join(filter(str.isdigit, processes.where()["space"])) or "0"
+    for path in root.glob(f"mdt_ray-{space}-*"):  # of containers that share the folder, each knows its own processes
+        owner = path.name.split("-")[2]
+        if owner.isdecimal() and processes.start_of(int(owner)) is None:
             discard(path)
-        except (ValueError, PermissionError):  # another's
-            continue
-    return root / f"mdt_ray-{os.getpid()}-{uuid.uuid4().hex}"
+    return root / f"mdt_ray-{space}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 def discard(path: Path) -> None:

@@ -312,7 +312,9 @@ def test_what_killed_writers_left_on_this_machine_is_deleted(tmp_path, monkeypat
     with s3.serve() as store:
         subprocess.run([sys.executable, "-c", code], env=os.environ | {"URI": store.uri("a"), "TMPDIR": str(tmp_path)})
         assert len(list(tmp_path.glob("mdt_ray-*/x"))) == 1
-        (tmp_path / "mdt_ray-sketches").touch()
+        kept = {"mdt_ray-sketches", f"mdt_ray-12-{2**22 + 1}-another-container's"}
+        for name in kept:
+            (tmp_path / name).touch()
         _fill(store.uri("b"))
-        assert [path.name for path in tmp_path.iterdir()] == ["mdt_ray-sketches"]
+        assert {path.name for path in tmp_path.iterdir()} == kept
         assert set(store.objects("b")) == {"sub/x", "done"}

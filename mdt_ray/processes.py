@@ -1,0 +1,30 @@
+"""Who a process is to others that may look for it later: a pid means nothing in another container, nor after its process.
+
+Starts none and ends none.
+"""
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+
+def where() -> dict[str, str]:
+    """Where this process's pid means something: containers may have one host name, and each a pid 7 of its own."""
+    found = {"host": socket.gethostname(), "boot": "", "space": ""}
+    with contextlib.suppress(OSError):  # systems without /proc
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        found["space"] = os.readlink("/proc/self/ns/pid")
+    return found
+
+
+def start_of(pid: int) -> str | None:
+    """The kernel's start time of a process (tells a reused pid apart); None if there is no such process, or a dead one that
+    nobody has reaped."""
+    with contextlib.suppress(OSError):
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else facts[18]
+    with contextlib.suppress(OSError):
+        os.kill(pid, 0)  # systems without /proc
+        return "unknown"
+    return None
