@@ -22,7 +22,8 @@ from mdt_ray.jobs import nodes
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 GROW_AFTER_SECONDS = 30.0
-"""How long there must be room for another worker before the run is restarted with it, which costs about as much."""
+"""How long there must be room for another worker before the run is restarted with it, which costs about as much. Twice as
+long after each restart that found the room taken."""
 ANSWER_SECONDS = 30.0
 STOPPED, PREEMPTED, GROWS = "asked to stop", "a node is about to go", "there is room for more workers"
 
@@ -86,12 +87,13 @@ class Asked(Wish):
                 continue  # a lost actor is made anew; a lost driver ends this process
 
 
-def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_workers: int, wish: Wish,
+def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_workers: int, grow_after: float, wish: Wish,
           on_row: Callable[[dict[str, Any]], None], meanwhile: Callable[[], str | None]) -> str | None:
     """Run `fit`, which launches the workers and waits for them, in a thread; meanwhile hand their rows to `on_row`, call
     `meanwhile`, and ask them to stop where there is a reason, which `meanwhile` too may return. Returns the reason, or None
     where they ended by themselves.
 
+    grow_after: seconds for which there must be room for more workers before that is a reason.
     Raises what `fit` raises. Whatever goes wrong here costs a warning: the workers are never left alone. An exit in
     `on_row`, by which Tune ends a trial early, asks them to stop and waits until they have.
     """
@@ -105,7 +107,7 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
 
     thread = threading.Thread(target=run, daemon=True, name="fit")
     reason = None
-    with contextlib.closing(_Growth(config, num_workers, control)) as growth:
+    with contextlib.closing(_Growth(config, num_workers, grow_after, control)) as growth:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
@@ -158,8 +160,8 @@ class _Growth:
     """Whether more workers fit than run, for long enough. Until then they are asked for, from when those that run have
     started: before, what asks for more would take the room that they start in."""
 
-    def __init__(self, config: TrainConfig, num_workers: int, control: Any):
-        self.workers, self.num_workers, self.control = config.workers, num_workers, control
+    def __init__(self, config: TrainConfig, num_workers: int, grow_after: float, control: Any):
+        self.workers, self.num_workers, self.grow_after, self.control = config.workers, num_workers, grow_after, control
         self.wanted = config.workers.num_workers - num_workers
         self.have_started = False
         self.demand = nodes.Demand(config.workers, self.wanted, config.output)
@@ -173,7 +175,7 @@ class _Growth:
             self.since = None
             return False
         self.since = self.since or time.monotonic()
-        return time.monotonic() - self.since > GROW_AFTER_SECONDS
+        return time.monotonic() - self.since > self.grow_after
 
     def _have_started(self) -> bool:
         if not self.have_started:

@@ -18,6 +18,7 @@ import ray.train
 import torch
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import TrainConfig
@@ -35,6 +36,8 @@ MAX_FAILURES = 10
 """Losses of workers without a new checkpoint in between, after which a run is given up."""
 PATIENCE_SECONDS = 15.0
 """How long a launch waits for room for all workers before it takes fewer, where it may."""
+RETURN_SECONDS = 5.0
+"""Until what workers held that were to start counts as room again, at most."""
 FINAL = (ValueError, TrainingDiverged, torch.OutOfMemoryError, storage.NoRoom, run_folder.TakenOver)
 """Failures that would come back: the workers are not started again."""
 
@@ -163,20 +166,23 @@ def _train_to_the_end(config: TrainConfig, run: dict, claim: run_folder.Claim, w
                       on_row: Callable[[dict], None], on_the_way: previews.Previews) -> None:
     """Launch workers until they finish. What ends them before costs a launch from the newest checkpoint."""
     failures, step = 0, checkpoints.newest_step(config.output)
+    reason, before, grow_after = None, 0, control.GROW_AFTER_SECONDS
     while True:
         num_workers = _wait_for_room(config, wish)
+        if reason == control.GROWS:  # another training may take the room each time, and lose its own to this one
+            grow_after = control.GROW_AFTER_SECONDS if num_workers > before else 2 * grow_after
+        reason, before = None, num_workers
         stacks = set(storage.list_names(storage.join(config.output, STACKS)))
-        reason = None
         try:
             if wish.signum is None:
-                reason = _launch(config, run, claim, num_workers, wish, on_row, on_the_way.poll)
+                reason = _launch(config, run, claim, num_workers, grow_after, wish, on_row, on_the_way.poll)
                 if reason is None:
                     return
         except FINAL:
             raise
         except Exception as error:
             newest = checkpoints.newest_step(config.output)
-            failures = 1 if newest > step else failures + 1
+            failures = (0 if newest > step else failures) + (not _was_outrun(error, config, num_workers))
             if failures > MAX_FAILURES:
                 raise
             hung = sorted(set(storage.list_names(storage.join(config.output, STACKS))) - stacks)
@@ -187,6 +193,18 @@ def _train_to_the_end(config: TrainConfig, run: dict, claim: run_folder.Claim, w
         _heed(config, wish)
         if reason is not None:
             logger.warning("%s: starting the workers again from step %d", reason, step)
+
+
+def _was_outrun(error: Exception, config: TrainConfig, num_workers: int) -> bool:
+    """Whether workers did not start because others took their room: no failure, however many wait for the same."""
+    if not isinstance(error, WorkerGroupStartupTimeoutError):
+        return False
+    end = time.monotonic() + RETURN_SECONDS
+    while nodes.room_for(config.workers) < num_workers:
+        if time.monotonic() > end:
+            return True
+        time.sleep(control.POLL_SECONDS)
+    return False
 
 
 def _heed(config: TrainConfig, wish: Wish) -> None:
@@ -227,7 +245,7 @@ class _Trainer(TorchTrainer):
                 if type(callback).__name__ != "PlacementGroupCleanerCallback"]
 
 
-def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers: int, wish: Wish,
+def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers: int, grow_after: float, wish: Wish,
             on_row: Callable[[dict], None], meanwhile: Callable[[], None]) -> str | None:
     """Start workers and wait for them; returns why they were asked to stop, or None where they finished."""
     workers, channel = config.workers, control.open_control()
@@ -250,7 +268,8 @@ def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers
             # Workers that cannot be placed are for us to count again, not for Ray to try without end.
             failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)))
     try:
-        return control.watch(functools.partial(_fit, trainer), channel, config, num_workers, wish, on_row, meanwhile)
+        return control.watch(functools.partial(_fit, trainer), channel, config, num_workers, grow_after, wish, on_row,
+                             meanwhile)
     finally:
         ray.kill(channel)
         _clear(config.output, claim)

@@ -24,7 +24,7 @@ def watch(fit, channel, wish=None, on_row=lambda row: None, meanwhile=lambda: No
     from mdt_ray.jobs import control
 
     config = TrainConfig(latents="l", output="o")
-    return control.watch(fit, channel, config, config.workers.num_workers, wish or Wish(), on_row, meanwhile)
+    return control.watch(fit, channel, config, config.workers.num_workers, 0.0, wish or Wish(), on_row, meanwhile)
 
 
 def test_rows_arrive_in_order_and_once(ray_session, channel):
@@ -85,8 +85,23 @@ def test_more_workers_are_asked_for_when_the_others_have_started(channel):
             time.sleep(0.05)
         asked.append(len(nodes.reserved()))
 
-    assert control.watch(fit, channel, config, 1, Wish(), lambda row: None, lambda: None) is None
+    assert control.watch(fit, channel, config, 1, 60.0, Wish(), lambda row: None, lambda: None) is None
     assert asked == [0, 1]
+    assert harness.open_placement_groups() == []
+
+
+def test_workers_are_asked_to_stop_where_there_is_room_for_more(channel):
+    from mdt_ray.jobs import control
+
+    config = TrainConfig(latents="l", output="o", min_workers=1, workers=WorkersConfig(num_workers=2, cpus_per_worker=1))
+    asked = control.Asked(channel)
+
+    def fit():
+        channel.arrive.remote(0, "node")
+        while not asked():
+            time.sleep(0.05)
+
+    assert control.watch(fit, channel, config, 1, 1.0, Wish(), lambda row: None, lambda: None) == control.GROWS
     assert harness.open_placement_groups() == []
 
 

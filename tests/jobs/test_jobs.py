@@ -1,14 +1,19 @@
 """train and tune on a real Ray: what they write, what they refuse, what they leave out."""
 
+import contextlib
 import dataclasses
 
 import pytest
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from mdt_ray import checkpoints, run_folder, storage
 from mdt_ray.config import WorkersConfig
 from mdt_ray.data import latents
 from mdt_ray.interrupts import Wish
+from mdt_ray.jobs import control
 from mdt_ray.jobs import train as training
+from mdt_ray.jobs.previews import Previews
 from mdt_ray.jobs.train import prepare, train
 from mdt_ray.training import run as rank
 from mdt_ray.training import samples
@@ -110,6 +115,54 @@ def test_only_who_owns_a_folder_looks_at_the_nodes_for_it(tmp_path, monkeypatch)
         train(config)
     with pytest.raises(RuntimeError, match="begun"):
         train(config, wish=Wish(), above=run_folder.Claim(config.output, "the sweep's"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_start_for_which_others_took_the_room_is_no_failure(tmp_path, monkeypatch, ray_session, taken):
+    """Many may wait for the same room. Where there is room and workers do not start, it is one."""
+    make_latents(tmp_path / "latents")
+    config = tiny_training(tmp_path / "latents", tmp_path / "out")
+    launch, was_outrun, others = training._launch, training._was_outrun, []
+
+    def late(*arguments):
+        if not others:
+            others.append(placement_group([{"CPU": 1}] * int(ray_session.cluster_resources()["CPU"])))
+            ray_session.get(others[0].ready())
+        try:
+            return launch(*arguments)
+        finally:
+            if not taken:
+                remove_placement_group(others[0])
+
+    def judged(*arguments) -> bool:
+        found = was_outrun(*arguments)
+        remove_placement_group(others[0])
+        return found
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    monkeypatch.setattr(training, "MAX_FAILURES", 0)
+    monkeypatch.setattr(training, "_launch", late)
+    monkeypatch.setattr(training, "_was_outrun", judged)
+    with contextlib.nullcontext() if taken else pytest.raises(WorkerGroupStartupTimeoutError):
+        train(config)
+    assert training.is_finished(config) == taken
+
+
+def test_a_run_that_finds_the_room_for_more_taken_looks_for_longer_the_next_time(tmp_path, monkeypatch):
+    """Else two of them take one slot from each other twice a minute."""
+    make_latents(tmp_path / "latents")
+    config, _, run = prepare(tiny_training(tmp_path / "latents", tmp_path / "out", workers=WorkersConfig(num_workers=3)))
+    room, waited = iter([2, 2, 1, 2, 2, 3]), []
+
+    def launch(config, run, claim, num_workers, grow_after, *others):
+        waited.append(grow_after)
+        return None if num_workers == 3 else control.GROWS
+
+    monkeypatch.setattr(training, "_wait_for_room", lambda *arguments: next(room))
+    monkeypatch.setattr(training, "_launch", launch)
+    training._train_to_the_end(config, run, run_folder.Claim(config.output, ""), Wish(), print, Previews(config, print))
+    assert waited == [30, 60, 120, 30, 60, 30]
 
 
 def test_a_store_that_is_away_is_no_bad_setting_of_a_run_that_starts_from_weights(tmp_path, monkeypatch):
