@@ -405,7 +405,7 @@ def test_commands_of_ray_parse():
     kinds = set()
     for line, path in ray_commands():
         line = re.sub(r"\$\(.*?\)|\$\w+", "1", line)  # what the shell fills in
-        words = shlex.split(line.partition(" > ")[0].partition(" | ")[0].partition(" && ")[0], comments=True)[1:]
+        words = shlex.split(re.split(" 2?>>? ", line)[0].partition(" | ")[0].partition(" && ")[0], comments=True)[1:]
         command = cli.get_command(None, words[0])
         assert command, f"{path}: {line}"
         kinds.add(words.pop(0))
@@ -461,7 +461,7 @@ FAKES = {
 
 
 class Slurm:
-    """The batch script as Slurm runs it, with everything around it made of paper."""
+    """The batch script as Slurm runs it, with everything around it made of paper. (Under a real one: jobs/test_slurm.py.)"""
 
     def __init__(self, folder: Path, **env: str):
         (folder / "bin").mkdir()
@@ -526,7 +526,7 @@ def test_slurm_lets_a_job_that_was_told_to_stop_end(tmp_path):
 def test_slurm_says_where_the_head_does_not_answer(tmp_path):
     code, lines = Slurm(tmp_path, UNHEALTHY="1").end()
     assert code == 1
-    assert "Ray's head does not answer at 192.0.2.7:6379" in lines
+    assert "Ray's head does not answer at 192.0.2.7:6379; mdt-ray-42-ray.log says why" in lines
     assert not any(line.startswith("driver") for line in lines)
 
 

@@ -17,75 +17,23 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from tests import clusters, s3
+from tests import clusters, hosts, s3
 from tests.clusters import free_port
 from tests.conftest import ROOT
+from tests.hosts import MARK, Host
 
-MARK = "MDT_TEST_HOST"
-"""In the environment of all processes of a host."""
 STORE = 2**20 * 120
-
-
-def namespaces_allowed() -> bool:
-    """Whether this process may make network namespaces, and was not told (MDT_RIG_NAMESPACES=0) to do without."""
-    if os.geteuid() != 0 or shutil.which("ip") is None or os.environ.get("MDT_RIG_NAMESPACES") == "0":
-        return False
-    name = f"mdt-try-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-    if made:
-        subprocess.run(["ip", "netns", "del", name], check=True)
-    return made
-
-
-@dataclass
-class Host:
-    """A machine, as far as Ray can tell."""
-
-    name: str
-    address: str
-    cpus: int
-    prefix: list[str] = field(default_factory=list)
-    """What runs a command on it."""
-    cable: str = ""
-    """Its end of the network outside, where it has one."""
-
-    def processes(self) -> list[psutil.Process]:
-        """All that run on it."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == self.name:
-                    found.append(process)
-        return found
-
-    def kill(self) -> None:
-        """As if its power failed."""
-        while processes := self.processes():
-            for process in processes:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            psutil.wait_procs(processes, timeout=5)
-
-    @contextlib.contextmanager
-    def unplugged(self) -> Iterator[None]:
-        """Without network while the block runs."""
-        subprocess.run(["ip", "link", "set", self.cable, "down"], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run(["ip", "link", "set", self.cable, "up"], check=True)
 
 
 class Rig:
     """A head without CPUs, and workers; `submit` is what a laptop does."""
 
     def __init__(self, folder: Path, workers: int = 2, cpus: int = 2):
-        self.folder, self.is_network = folder, namespaces_allowed()
+        self.folder, self.is_network = folder, hosts.namespaces_allowed()
         self.tag = f"{os.getpid() % 10000}"
         self.net = f"10.{77 + os.getpid() % 100}.0"
         self.hosts = [self._host(i, cpus if i else 0) for i in range(workers + 1)]
@@ -111,7 +59,7 @@ class Rig:
     def __enter__(self) -> "Rig":
         try:
             if self.is_network:
-                self._lay_cables()
+                hosts.lay_cables(f"m{self.tag}b", self.net, [*self.hosts, self.store_host])
             self._start_store()
             for count, host in enumerate(self.hosts, 1):  # one after the other: they share a session's folder
                 self.start(host)
@@ -126,22 +74,8 @@ class Rig:
         for host in [*self.hosts, self.store_host]:
             host.kill()
         if self.is_network:
-            for host in [*self.hosts, self.store_host]:
-                subprocess.run(["ip", "netns", "del", host.name], stderr=subprocess.DEVNULL)
-                subprocess.run(["ip", "link", "del", host.cable], stderr=subprocess.DEVNULL)
-            subprocess.run(["ip", "link", "del", f"m{self.tag}b"], stderr=subprocess.DEVNULL)
+            hosts.take_up_cables(f"m{self.tag}b", [*self.hosts, self.store_host])
         shutil.rmtree(self.sessions, ignore_errors=True)
-
-    def _lay_cables(self) -> None:
-        bridge = f"m{self.tag}b"
-        lines = [f"link add {bridge} type bridge", f"addr add {self.net}.254/24 dev {bridge}", f"link set {bridge} up"]
-        for host in [*self.hosts, self.store_host]:
-            lines += [f"netns add {host.name}", f"link add {host.cable} type veth peer name eth0 netns {host.name}",
-                      f"link set {host.cable} master {bridge}", f"link set {host.cable} up",
-                      f"-n {host.name} addr add {host.address}/24 dev eth0", f"-n {host.name} link set lo up",
-                      f"-n {host.name} link set eth0 up"]
-        for line in lines:
-            subprocess.run(["ip", *line.split()], check=True)
 
     def _start_store(self) -> None:
         host, port = self.store_host, 9000 if self.is_network else free_port()
@@ -195,10 +129,10 @@ class Rig:
         return subprocess.Popen(command, env=self.environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT)
 
-    def find(self, *parts: str, hosts: list["Host"] | None = None) -> list[psutil.Process]:
+    def find(self, *parts: str, among: list[Host] | None = None) -> list[psutil.Process]:
         """Processes of all hosts, or some, whose command line holds one of `parts`, by age; no shells that wait for them."""
         found = []
-        for process in (process for host in hosts or self.hosts for process in host.processes()):
+        for process in (process for host in among or self.hosts for process in host.processes()):
             with contextlib.suppress(psutil.Error):
                 if any(part in " ".join(process.cmdline()) for part in parts) and process.name() != "sh":
                     found.append((process.create_time(), process.pid, process))

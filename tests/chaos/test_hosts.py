@@ -31,8 +31,8 @@ def test_a_job_runs_over_hosts_and_a_store(chaos, job):
 
     def watch() -> None:
         while not over.wait(0.3):
-            at_work.update(k for k, host in enumerate(chaos.rig.hosts) if chaos.rig.find(*WORKERS[job], hosts=[host]))
-            on_head.update(title for title in NO_DRIVERS if chaos.rig.find(title, hosts=chaos.rig.hosts[:1]))
+            at_work.update(k for k, host in enumerate(chaos.rig.hosts) if chaos.rig.find(*WORKERS[job], among=[host]))
+            on_head.update(title for title in NO_DRIVERS if chaos.rig.find(title, among=chaos.rig.hosts[:1]))
 
     thread = threading.Thread(target=watch)
     thread.start()
