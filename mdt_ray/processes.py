@@ -8,6 +8,9 @@ import os
 import socket
 from pathlib import Path
 
+UNKNOWN = "unknown"
+"""When a process started that is there: systems without /proc, or where it hides what others run."""
+
 
 def where() -> dict[str, str]:
     """Where this process's pid means something: containers may have one host name, and each a pid 7 of its own."""
@@ -24,7 +27,10 @@ def start_of(pid: int) -> str | None:
     with contextlib.suppress(OSError):
         state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else facts[18]
-    with contextlib.suppress(OSError):
-        os.kill(pid, 0)  # systems without /proc
-        return "unknown"
-    return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # another user's
+        pass
+    return UNKNOWN

@@ -140,9 +140,10 @@ def _refuse_living_owner(uri: str, output: str) -> None:
     if not storage.exists(uri):
         return
     held = storage.read_json(uri)
-    if held.items() >= processes.where().items():
-        alive = processes.start_of(held["pid"]) == held["started"]
-    else:
+    is_near = held.items() >= processes.where().items()
+    started = processes.start_of(held["pid"]) if is_near else processes.UNKNOWN
+    alive = started == held["started"]
+    if started == processes.UNKNOWN:
         alive = abs(time.time() - held["renewed"]) < LONG_AGO_SECONDS and _is_renewed(uri, held)
     if alive:
         raise ValueError(f"{output} is being written by process {held['pid']} on {held['host']}; wait for it, stop it, "

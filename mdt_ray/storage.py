@@ -313,11 +313,13 @@ def _temporary(path: str) -> str:
 
 def scratch() -> Path:
     """A path on this machine, for what goes to a store or is of no use to others. Those of killed processes are deleted."""
-    root, space = Path(tempfile.gettempdir()), "".join(filter(str.isdigit, processes.where()["space"])) or "0"
-    for path in root.glob(f"mdt_ray-{space}-*"):  # of containers that share the folder, each knows its own processes
+    here = processes.where()
+    root, space = Path(tempfile.gettempdir()), sha256((here["host"] + here["space"]).encode())[:8]
+    for path in root.glob(f"mdt_ray-{space}-*"):  # of hosts and containers that share it, each knows its own processes
         owner = path.name.split("-")[2]
         if owner.isdecimal() and processes.start_of(int(owner)) is None:
-            discard(path)
+            with suppress(OSError):  # another user's
+                discard(path)
     return root / f"mdt_ray-{space}-{os.getpid()}-{uuid.uuid4().hex}"
 
 

@@ -220,6 +220,24 @@ def test_the_lock_of_another_container_with_this_host_name_is_that_of_another_ho
             pass
 
 
+def test_the_lock_of_a_process_that_cannot_be_seen_is_looked_at_for_longer(tmp_path, monkeypatch):
+    """/proc may hide what others run."""
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(run_folder, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr("os.kill", kill)
+    run, lock = run_folder.describe("train", TrainConfig(), {}), storage.join(str(tmp_path), "lock.json")
+    with run_folder.claim(str(tmp_path), run):
+        theirs = storage.read_json(lock) | {"pid": 2**22 + 1}
+    with renewed(lock, theirs), pytest.raises(ValueError, match="is being written"):
+        with run_folder.claim(str(tmp_path), run):
+            pass
+    storage.write_json(lock, theirs | {"renewed": time.time()})
+    with run_folder.claim(str(tmp_path), run):
+        pass
+
+
 @contextlib.contextmanager
 def renewed(lock: str, held: dict, clock: float = 0.0) -> Iterator[None]:
     """A lock whose owner, by a clock so many seconds ahead, lives."""

@@ -312,9 +312,20 @@ def test_what_killed_writers_left_on_this_machine_is_deleted(tmp_path, monkeypat
     with s3.serve() as store:
         subprocess.run([sys.executable, "-c", code], env=os.environ | {"URI": store.uri("a"), "TMPDIR": str(tmp_path)})
         assert len(list(tmp_path.glob("mdt_ray-*/x"))) == 1
-        kept = {"mdt_ray-sketches", f"mdt_ray-12-{2**22 + 1}-another-container's"}
+        kept = {"mdt_ray-sketches", f"mdt_ray-12345678-{2**22 + 1}-another-container's"}
         for name in kept:
             (tmp_path / name).touch()
         _fill(store.uri("b"))
         assert {path.name for path in tmp_path.iterdir()} == kept
         assert set(store.objects("b")) == {"sub/x", "done"}
+
+
+def test_what_another_user_left_on_this_machine_stays(tmp_path, monkeypatch):
+    def refuse(path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine = storage.scratch()
+    mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")).touch()
+    monkeypatch.setattr(storage, "discard", refuse)
+    assert storage.scratch().parent == tmp_path
