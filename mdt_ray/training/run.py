@@ -82,7 +82,7 @@ def run_rank(config: TrainConfig, manifest: Manifest, run: dict, *, rank: int = 
             if rank == 0:
                 # Averages first: from the checkpoint a resume would not come back to them.
                 writes = [snapshots.save_snapshot(state, config.output, config.ema, facts)] if snapshot else []
-                writes += [_publishing(state, config, run, facts)] if checkpoint else []
+                writes += _publishing(state, config, run, facts) if checkpoint else []
                 writer.submit(lambda: _write_all(writes, may_write, config.output))
             watchdog.beat()
 
@@ -169,10 +169,12 @@ def _validation(config: TrainConfig, manifest: Manifest, rank: int, world_size: 
 
 
 def _write_all(writes: list[Callable[[], None]], may_write: Callable[[], bool], output: str) -> None:
-    for write in writes:
+    """What is done is not done again where a later one is tried again."""
+    while writes:
         if not may_write():
             raise TakenOver.of(output)
-        write()
+        writes[0]()
+        writes.pop(0)
 
 
 def _drop_after(output: str, step: int, may_write: Callable[[], bool]) -> None:
@@ -183,17 +185,12 @@ def _drop_after(output: str, step: int, may_write: Callable[[], bool]) -> None:
     snapshots.drop_after(output, step)
 
 
-def _publishing(state: TrainState, config: TrainConfig, run: dict, facts: dict) -> Callable[[], None]:
-    """A copy of the state is taken now; what is returned writes it, with the metrics beside it, and deletes old ones."""
-    write, history = states.snapshot(state, config.output, run, facts), list(state.history)
-
-    def publish() -> None:
-        write()
-        write_metrics(config.output, history)
-        states.prune_checkpoints(config.output, config.keep_last, config.keep_every_steps,
-                                 spare=samples.due(config.output, config.sample_every_steps))
-
-    return publish
+def _publishing(state: TrainState, config: TrainConfig, run: dict, facts: dict) -> list[Callable[[], None]]:
+    """A copy of the state is taken now; what is returned writes it, then the metrics, and then deletes old ones."""
+    history = list(state.history)
+    return [states.snapshot(state, config.output, run, facts), lambda: write_metrics(config.output, history),
+            lambda: states.prune_checkpoints(config.output, config.keep_last, config.keep_every_steps,
+                                             spare=samples.due(config.output, config.sample_every_steps))]
 
 
 def _go_back(state: TrainState, config: TrainConfig, returns: dict[int, int], error: loop.NonFiniteSteps,

@@ -299,6 +299,28 @@ def test_a_checkpoint_is_written_when_the_store_answers_again(folder, tmp_path, 
     assert checkpoints.damage(f"{tmp_path}/checkpoints/step-00000010") is None
 
 
+def test_a_checkpoint_that_is_written_is_not_written_again_where_an_old_one_stays(folder, tmp_path, monkeypatch):
+    """While it is, there may be no other."""
+    failures, prune, create, written = [OSError("503")] * 2, states.prune_checkpoints, checkpoints.create, []
+
+    def flaky(*arguments, **more):
+        if failures:
+            raise failures.pop()
+        return prune(*arguments, **more)
+
+    def noted(uri, *arguments, **more):
+        written.append(checkpoints.step_of(uri))
+        return create(uri, *arguments, **more)
+
+    monkeypatch.setattr(states, "prune_checkpoints", flaky)
+    monkeypatch.setattr(checkpoints, "create", noted)
+    monkeypatch.setattr(writing, "RETRY_SECONDS", (0.01, 0.01))
+    run(tiny_training(folder, tmp_path, keep_last=1))
+    assert not failures
+    assert written == [0, 10, 20]
+    assert [checkpoints.step_of(uri) for uri in checkpoints.list_finished(str(tmp_path))] == [20]
+
+
 def test_latents_are_read_when_the_store_answers_again(folder, tmp_path, monkeypatch):
     """A store that does not answer is waited for; it is no reason to call the latents damaged."""
     failures, reading = [OSError("503")] * 3, latents.pq.ParquetFile
