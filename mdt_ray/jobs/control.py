@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 GROW_AFTER_SECONDS = 30.0
 """How long there must be room for another worker before the run is restarted with it, which costs about as much. Twice as
-long after each restart that found the room taken."""
+long after each restart that found the room taken, up to GROW_AFTER_MOST: so long it may be held for nothing."""
+GROW_AFTER_MOST = 480.0
 ANSWER_SECONDS = 30.0
 STOPPED, PREEMPTED, GROWS = "asked to stop", "a node is about to go", "there is room for more workers"
 
@@ -87,8 +88,9 @@ class Asked(Wish):
                 continue  # a lost actor is made anew; a lost driver ends this process
 
 
-def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_workers: int, grow_after: float, wish: Wish,
-          on_row: Callable[[dict[str, Any]], None], meanwhile: Callable[[], str | None]) -> str | None:
+def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_workers: int, wish: Wish,
+          on_row: Callable[[dict[str, Any]], None], meanwhile: Callable[[], str | None],
+          grow_after: float = GROW_AFTER_SECONDS) -> str | None:
     """Run `fit`, which launches the workers and waits for them, in a thread; meanwhile hand their rows to `on_row`, call
     `meanwhile`, and ask them to stop where there is a reason, which `meanwhile` too may return. Returns the reason, or None
     where they ended by themselves.
@@ -113,12 +115,13 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
             thread.join(POLL_SECONDS)
             try:
                 _hand_over(control, on_row)
-                wanted = meanwhile()
                 if reason is None:
-                    reason = _reason(control, wish, growth) or wanted
+                    reason = _reason(control, wish, growth)
                     if reason == STOPPED:
                         logger.warning("stopping once the step is done and its checkpoint written; a second signal does not "
                                        "wait")
+                wanted = meanwhile()  # whose troubles keep no stop from the workers
+                reason = reason or wanted
             except Exception as error:
                 logger.warning("while watching the workers: %s: %s", type(error).__name__, error)
             except SystemExit:
@@ -156,19 +159,31 @@ def _reason(control: Any, wish: Wish, growth: "_Growth") -> str | None:
     return GROWS if growth.is_due() else None
 
 
+class Arrival:
+    """Whether all workers of a launch have arrived. What takes room before may take theirs."""
+
+    def __init__(self, control: Any, num_workers: int):
+        self.control, self.num_workers, self.is_over = control, num_workers, False
+
+    def __call__(self) -> bool:
+        if not self.is_over:
+            with contextlib.suppress(RayError):
+                self.is_over = len(ray.get(self.control.where.remote(), timeout=ANSWER_SECONDS)) == self.num_workers
+        return self.is_over
+
+
 class _Growth:
     """Whether more workers fit than run, for long enough. Until then they are asked for, from when those that run have
-    started: before, what asks for more would take the room that they start in."""
+    arrived."""
 
     def __init__(self, config: TrainConfig, num_workers: int, grow_after: float, control: Any):
-        self.workers, self.num_workers, self.grow_after, self.control = config.workers, num_workers, grow_after, control
+        self.workers, self.grow_after, self.have_arrived = config.workers, grow_after, Arrival(control, num_workers)
         self.wanted = config.workers.num_workers - num_workers
-        self.have_started = False
         self.demand = nodes.Demand(config.workers, self.wanted, config.output)
         self.since: float | None = None
 
     def is_due(self) -> bool:
-        if self.wanted <= 0 or not self._have_started():
+        if self.wanted <= 0 or not self.have_arrived():
             return False
         self.demand.ask()
         if nodes.room_for(self.workers) < 1 and not self.demand.is_met():
@@ -176,13 +191,6 @@ class _Growth:
             return False
         self.since = self.since or time.monotonic()
         return time.monotonic() - self.since > self.grow_after
-
-    def _have_started(self) -> bool:
-        if not self.have_started:
-            with contextlib.suppress(RayError):
-                arrived = ray.get(self.control.where.remote(), timeout=ANSWER_SECONDS)
-                self.have_started = len(arrived) == self.num_workers
-        return self.have_started
 
     def close(self) -> None:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from mdt_ray import checkpoints, config_io, storage
 from mdt_ray.config import EvaluateConfig, TrainConfig
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 COLUMNS = 8
 """Of the picture."""
+MAX_LOSSES = 2
+"""Of a task's process, after which a step has no samples."""
 
 
 def check(config: TrainConfig) -> None:
@@ -45,6 +47,7 @@ class Previews:
         self.config, self.on_row = config, on_row
         self._task: tuple[int, ray.ObjectRef] | None = None
         self._looked = 0.0
+        self._losses = 0
 
     def poll(self) -> None:
         """Look after the running task, or for the next. Returns at once."""
@@ -74,7 +77,8 @@ class Previews:
         if not steps:
             return False
         workers = self.config.samples.workers
-        task = _preview.options(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker)
+        task = _preview.options(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker,
+                                scheduling_strategy="DEFAULT")  # not out of what Tune reserved for a trial's process
         self._task = steps[0], task.remote(config_io.to_dict(self.config), steps[0])
         return True
 
@@ -84,14 +88,18 @@ class Previews:
         try:
             columns, error = ray.get(task), None
         except RayError as failure:
+            if not isinstance(failure, RayTaskError) and self._losses < MAX_LOSSES:
+                self._losses += 1
+                return logger.warning("the samples of step %d are drawn again (%s)", step, failure)
             columns, error = {}, str(fanout.root_cause(failure))
             logger.warning("no samples of step %d (%s); training goes on", step, error)
+        self._losses = 0
         storage.write_json(storage.join(folder_of(self.config.output, step), PREVIEW), {"columns": columns, "error": error})
         if columns:
             self.on_row({"step": step, "images_seen": step * self.config.batch_size, **columns})
 
 
-@ray.remote(max_retries=2)
+@ray.remote(max_retries=0)  # of those killed for their memory Ray counts none
 def _preview(plain: dict[str, Any], step: int) -> dict[str, float]:
     """Draw and measure; returns columns whose names carry the extractor and the number of samples, as a sweep's do."""
     from mdt_ray.report import figures  # loads matplotlib: not in every process that trains

@@ -170,7 +170,8 @@ def _train_to_the_end(config: TrainConfig, run: dict, claim: run_folder.Claim, w
     while True:
         num_workers = _wait_for_room(config, wish)
         if reason == control.GROWS:  # another training may take the room each time, and lose its own to this one
-            grow_after = control.GROW_AFTER_SECONDS if num_workers > before else 2 * grow_after
+            grow_after = (control.GROW_AFTER_SECONDS if num_workers > before
+                          else min(2 * grow_after, control.GROW_AFTER_MOST))
         reason, before = None, num_workers
         stacks = set(storage.list_names(storage.join(config.output, STACKS)))
         try:
@@ -249,6 +250,7 @@ def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers
             on_row: Callable[[dict], None], meanwhile: Callable[[], None]) -> str | None:
     """Start workers and wait for them; returns why they were asked to stop, or None where they finished."""
     workers, channel = config.workers, control.open_control()
+    have_arrived = control.Arrival(channel, num_workers)
     # Fewer workers own more lanes each: parts in time keep what a worker holds at once, and change nothing but speed.
     parts = math.ceil(config.accumulation * workers.num_workers / num_workers)
     launched = dataclasses.replace(
@@ -268,8 +270,8 @@ def _launch(config: TrainConfig, run: dict, claim: run_folder.Claim, num_workers
             # Workers that cannot be placed are for us to count again, not for Ray to try without end.
             failure_config=ray.train.FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)))
     try:
-        return control.watch(functools.partial(_fit, trainer), channel, config, num_workers, grow_after, wish, on_row,
-                             meanwhile)
+        return control.watch(functools.partial(_fit, trainer), channel, config, num_workers, wish, on_row,
+                             lambda: meanwhile() if have_arrived() else None, grow_after)
     finally:
         ray.kill(channel)
         _clear(config.output, claim)

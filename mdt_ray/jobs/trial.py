@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import TaskCancelledError
 
 from mdt_ray import checkpoints, config_io, run_folder, storage
 from mdt_ray.config import LossConfig, ModelConfig, TrainConfig, TuneConfig
@@ -127,7 +128,8 @@ def _train(config: TrainConfig, claim: Claim, on_row: Callable[[dict[str, Any]],
         return checkpoints.read_metrics(storage.join(config.output, METRICS))
     from mdt_ray.training.run import run_rank  # the models, which the sweep's driver does without
 
-    config, manifest, described = training.prepare(config)
+    # Nobody draws samples on the way of such a trial, and checkpoints would be kept for them.
+    config, manifest, described = training.prepare(dataclasses.replace(config, sample_every_steps=0))
     run_folder.record(config.output, described)
     device = session.settle(config.workers, config.deterministic)
     with contextlib.ExitStack() as stack:
@@ -165,13 +167,18 @@ def _judge_apart(trial: Trial, reference_root: str, asked: control.Asked) -> lis
     nodes.release(nodes.orphans())  # of a lost process of this trial
     task = _judged.options(num_cpus=workers.cpus_per_worker, num_gpus=workers.gpus_per_worker,
                            scheduling_strategy="DEFAULT")  # not out of what Tune reserved for this process
-    found = ray.get(task.remote(trial, reference_root, asked.control))
-    if found is None:
-        raise Stopped(signal.SIGTERM, "stopped while its samples were drawn")
-    return found
+    running, told = task.remote(trial, reference_root, asked.control), False
+    while not ray.wait([running], timeout=control.POLL_SECONDS)[0]:
+        if asked() and not told:
+            told = True
+            ray.cancel(running)  # it may wait for room yet
+    with contextlib.suppress(TaskCancelledError):
+        if found := ray.get(running):
+            return found
+    raise Stopped(signal.SIGTERM, "stopped while its samples were drawn")
 
 
-@ray.remote(max_retries=2)
+@ray.remote(max_retries=0)  # of those killed for their memory Ray counts none; Tune tries the trial again
 def _judged(trial: Trial, reference_root: str, channel: Any) -> list[tuple[int, dict[str, float]]] | None:
     """None where it was asked to stop."""
     with contextlib.closing(control.Asked(channel)) as asked:

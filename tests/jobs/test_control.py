@@ -24,7 +24,7 @@ def watch(fit, channel, wish=None, on_row=lambda row: None, meanwhile=lambda: No
     from mdt_ray.jobs import control
 
     config = TrainConfig(latents="l", output="o")
-    return control.watch(fit, channel, config, config.workers.num_workers, 0.0, wish or Wish(), on_row, meanwhile)
+    return control.watch(fit, channel, config, config.workers.num_workers, wish or Wish(), on_row, meanwhile)
 
 
 def test_rows_arrive_in_order_and_once(ray_session, channel):
@@ -56,6 +56,24 @@ def test_trouble_on_the_driver_leaves_no_workers_alone(channel, caplog):
     assert "the store does not answer" in caplog.text
 
 
+def test_trouble_on_the_driver_keeps_no_stop_from_the_workers(channel):
+    from mdt_ray.jobs import control
+
+    wish, asked = Wish(), control.Asked(channel)
+
+    def fit():
+        wish.signum = 15
+        end = time.monotonic() + 20
+        while not asked() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert asked()
+
+    def meanwhile():
+        raise OSError("the store does not answer")
+
+    assert watch(fit, channel, wish, meanwhile=meanwhile) == control.STOPPED
+
+
 def test_a_wish_reaches_the_workers(channel):
     from mdt_ray.jobs import control
 
@@ -85,7 +103,7 @@ def test_more_workers_are_asked_for_when_the_others_have_started(channel):
             time.sleep(0.05)
         asked.append(len(nodes.reserved()))
 
-    assert control.watch(fit, channel, config, 1, 60.0, Wish(), lambda row: None, lambda: None) is None
+    assert control.watch(fit, channel, config, 1, Wish(), lambda row: None, lambda: None) is None
     assert asked == [0, 1]
     assert harness.open_placement_groups() == []
 
@@ -101,7 +119,7 @@ def test_workers_are_asked_to_stop_where_there_is_room_for_more(channel):
         while not asked():
             time.sleep(0.05)
 
-    assert control.watch(fit, channel, config, 1, 1.0, Wish(), lambda row: None, lambda: None) == control.GROWS
+    assert control.watch(fit, channel, config, 1, Wish(), lambda row: None, lambda: None, 1.0) == control.GROWS
     assert harness.open_placement_groups() == []
 
 

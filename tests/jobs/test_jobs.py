@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 
 import pytest
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -153,7 +154,7 @@ def test_a_run_that_finds_the_room_for_more_taken_looks_for_longer_the_next_time
     """Else two of them take one slot from each other twice a minute."""
     make_latents(tmp_path / "latents")
     config, _, run = prepare(tiny_training(tmp_path / "latents", tmp_path / "out", workers=WorkersConfig(num_workers=3)))
-    room, waited = iter([2, 2, 1, 2, 2, 3]), []
+    room, waited = iter([2, 2, 1, 2, 2, 2, 2, 2, 2, 2, 3]), []
 
     def launch(config, run, claim, num_workers, grow_after, *others):
         waited.append(grow_after)
@@ -162,7 +163,27 @@ def test_a_run_that_finds_the_room_for_more_taken_looks_for_longer_the_next_time
     monkeypatch.setattr(training, "_wait_for_room", lambda *arguments: next(room))
     monkeypatch.setattr(training, "_launch", launch)
     training._train_to_the_end(config, run, run_folder.Claim(config.output, ""), Wish(), print, Previews(config, print))
-    assert waited == [30, 60, 120, 30, 60, 30]
+    assert waited == [30, 60, 120, 30, 60, 120, 240, 480, 480, 480, 30]
+
+
+def test_samples_wait_until_the_workers_have_arrived(tmp_path, monkeypatch, ray_session):
+    """Their task would take the room of a worker, which then waits for it."""
+    make_latents(tmp_path / "latents")
+    config, _, run = prepare(tiny_training(tmp_path / "latents", tmp_path / "out"))
+    looked, before = [], []
+
+    def fit(trainer) -> None:
+        time.sleep(3 * control.POLL_SECONDS)
+        before.extend(looked)
+        trainer.train_loop_config["control"].arrive.remote(0, "node")
+        end = time.monotonic() + 20
+        while not looked and time.monotonic() < end:
+            time.sleep(0.05)
+
+    monkeypatch.setattr(training, "_fit", fit)
+    training._launch(config, run, run_folder.Claim(config.output, ""), 1, 30, Wish(), print, lambda: looked.append(1))
+    assert looked
+    assert not before
 
 
 def test_a_store_that_is_away_is_no_bad_setting_of_a_run_that_starts_from_weights(tmp_path, monkeypatch):

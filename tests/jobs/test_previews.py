@@ -1,9 +1,15 @@
 """Samples of a training run on the way, drawn beside it."""
 
 import dataclasses
+import json
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from mdt_ray import checkpoints, presets
 from mdt_ray.config import EvaluateConfig, SamplingConfig, WorkersConfig
@@ -67,6 +73,56 @@ def test_samples_that_fail_leave_training_alone(config, caplog):
     assert "holds another run" in caplog.text
     train(other)  # and not tried again
     assert caplog.text.count("no samples of step 30") == 1
+
+
+def again(config) -> Path:
+    """The samples of the last step, to be drawn again from what they have."""
+    folder = Path(config.output) / "samples" / "step-00000030"
+    (folder / "preview.json").unlink()
+    return folder / "preview.json"
+
+
+def test_a_trial_of_several_workers_draws_them_outside_of_what_tune_reserved(config, ray_session):
+    """For the process that waits for them, which is nothing."""
+    @ray_session.remote(num_cpus=0, memory=1)
+    def within(config):
+        from mdt_ray.interrupts import Wish
+        from mdt_ray.jobs.previews import Previews
+
+        Previews(config, lambda row: None).finish(Wish())
+
+    told = again(config)
+    group = placement_group([{"CPU": 0, "memory": 1}])
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    try:
+        ray_session.get(within.options(scheduling_strategy=strategy).remote(config))
+    finally:
+        remove_placement_group(group)
+    assert told.exists()
+
+
+def test_a_task_that_dies_again_and_again_is_given_up(config, caplog):
+    from mdt_ray.jobs.train import train
+
+    told, over, killed = again(config), threading.Event(), set()
+    (told.parent / "metrics.json").unlink()
+
+    def kill() -> None:
+        while not over.wait(0.1):
+            for pid in harness.ray_processes("_preview"):
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        train(config)
+    finally:
+        over.set()
+        thread.join()
+    assert json.loads(told.read_text())["error"]
+    assert caplog.text.count("the samples of step 30 are drawn again") == 2
+    assert len(killed) == 3
 
 
 def test_without_real_images_there_is_just_a_picture(config):

@@ -1,14 +1,18 @@
 """What becomes of a trial that raises: its own fault is written down, what the machine or the cluster did is not."""
 
+import contextlib
+import dataclasses
+
 import pytest
 import torch
 from ray.exceptions import NodeDiedError, OutOfMemoryError
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from mdt_ray import storage
+from mdt_ray import checkpoints, run_folder, storage
 from mdt_ray.config import TuneConfig
 from mdt_ray.data.npz import open_archive
-from mdt_ray.interrupts import Wish
-from mdt_ray.jobs import search, trial
+from mdt_ray.interrupts import Stopped, Wish
+from mdt_ray.jobs import control, search, trial
 from mdt_ray.run_folder import Claim
 from tests import s3
 from tests.helpers import make_latents, tiny_training
@@ -61,6 +65,28 @@ def test_what_does_not_answer_is_told_from_what_says_no(cause, told):
     with pytest.raises(told) as caught, storage.outages_told():
         raise ValueError("cannot be read") from cause
     assert type(caught.value) is told
+
+
+def test_no_checkpoint_is_kept_for_samples_that_nobody_draws(one, tmp_path):
+    train = dataclasses.replace(one.train, num_steps=6, checkpoint_every_steps=2, keep_last=1, sample_every_steps=2)
+    with run_folder.claim(str(tmp_path / "out"), {"identity": {}, "config": {}}) as claim:
+        trial._train(train, claim, lambda row: None, Wish())
+    assert [checkpoints.step_of(uri) for uri in checkpoints.list_finished(train.output)] == [6]
+
+
+@pytest.mark.ray
+def test_a_stop_reaches_a_trial_that_waits_for_room_to_be_judged(one, ray_session):
+    everything = placement_group([{"CPU": 1}] * int(ray_session.cluster_resources()["CPU"]))
+    ray_session.get(everything.ready())
+    channel = control.open_control()
+    try:
+        with contextlib.closing(control.Asked(channel)) as asked:
+            channel.ask_to_stop.remote()
+            with pytest.raises(Stopped):
+                trial._judge_apart(one, "", asked)
+    finally:
+        ray_session.kill(channel)
+        remove_placement_group(everything)
 
 
 @pytest.mark.slow
