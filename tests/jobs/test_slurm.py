@@ -1,5 +1,7 @@
 """cluster/slurm/run.sbatch under a real Slurm of two nodes. The script's branches, one by one: test_cluster_files.py."""
 
+import json
+
 import pytest
 
 from mdt_ray import checkpoints
@@ -62,3 +64,14 @@ def test_a_job_that_loses_a_node_goes_on_in_the_queue(cluster):
     cluster.wait_for(job, lambda: newest(cluster, "lost") > saved, "another checkpoint")
     assert "going on from the checkpoint of step" in cluster.log(job)
     stop(cluster, job)
+
+
+def test_the_line_of_the_page_goes_from_pictures_to_an_fid(cluster):
+    """On one node of four processors. The log ends with the numbers."""
+    output = cluster.folder / "digits"
+    job = cluster.submit("--cpus-per-task=4", "cluster/slurm/run.sbatch", "python", "pipelines/all.py", "digits",
+                         "--output", str(output))
+    cluster.wait_for(job, lambda: cluster.facts(job)["JobState"] in ("COMPLETED", "FAILED"), "its end", 900)
+    assert cluster.facts(job)["ExitCode"] == "0:0"
+    fid = json.loads((output / "evaluate" / "metrics.json").read_text())["metrics"]["fid"]
+    assert f"{fid:.2f}" in "".join(cluster.log(job).splitlines()[-10:])
