@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 
@@ -127,7 +128,7 @@ def test_rendered_manifests_fit_the_crds(folder):
     (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0, "livenesProbe"), {},
      "'livenesProbe' was unexpected"),
     (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "minReplica"), 0, "'minReplica' was unexpected"),
-    (("spec", "backoffLimit"), "3", "'3' is not of type 'integer'"),
+    (("spec", "backoffLimit"), "10", "'10' is not of type 'integer'"),
     (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "rayStartParams", "num-cpus"), 8, "8 is not of type 'string'"),
     (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "containers", 0, "env", 0, "value"), 120,
      "120 is not of type 'string'"),
@@ -252,6 +253,8 @@ def test_nodes_are_probed_named_their_network_and_given_time_to_leave():
 
     assert '@routes.get("/api/healthz")' in inspect.getsource(healthz_agent)
     for pod in pods(cluster()["spec"]).values():
+        assert pod["metadata"]["annotations"] == {
+            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
         container = pod["spec"]["containers"][0]
         env = {e["name"]: e["value"] for e in container["env"]}
         for probe in ("livenessProbe", "readinessProbe"):
@@ -513,6 +516,26 @@ def test_slurm_puts_a_job_that_is_out_of_time_into_the_queue_again(tmp_path):
     assert "scontrol requeue 42" in lines
 
 
+def test_slurm_puts_a_job_that_lost_a_node_of_ray_into_the_queue_again(tmp_path):
+    job = Slurm(tmp_path)
+    job.wait_for("ready")
+    next(p for p in psutil.Process(job.process.pid).children() if p.name() == "sleep").kill()
+    code, lines = job.end()
+    assert code == 143
+    assert any(line.startswith("a node of Ray has ended (mdt-ray-42-ray.log says why)") for line in lines)
+    assert lines.count("driver saved") == 1
+    assert "scontrol requeue 42" in lines
+
+
+def test_slurm_does_not_do_so_for_ever(tmp_path):
+    job = Slurm(tmp_path, SLURM_RESTART_COUNT="20")
+    job.wait_for("ready")
+    next(p for p in psutil.Process(job.process.pid).children() if p.name() == "sleep").kill()
+    code, lines = job.end()
+    assert code == 143
+    assert not any(line.startswith("scontrol") for line in lines)
+
+
 def test_slurm_lets_a_job_that_was_told_to_stop_end(tmp_path):
     job = Slurm(tmp_path)
     job.wait_for("ready")
@@ -553,12 +576,13 @@ def test_slurm_asks_for_a_signal_before_the_end_and_may_come_again():
     ({}, "7 python pipelines/train.py", False, True),
     ({}, "7 python -m mdt_ray.cli train digits", False, True),
     ({}, "7 python -m ray.dashboard.agent", False, False),
+    ({}, "7 /bin/sh -c python pipelines/train.py", False, False),
 ])
 def test_a_pod_waits_for_its_work_to_be_saved(tmp_path, env, processes, told, waits):
     log = tmp_path / "log"
     gone = f"grep -qs slept {log} && exit 1"  # (else how long it takes would decide)
     find = f'{gone}; while read -r id line; do [[ $line =~ $2 ]] && echo "$id $line"; done <<< "{processes}" | grep .'
-    for name, body in {"pgrep": find, "ray": f'echo "$*" >> {log}',
+    for name, body in {"pgrep": find, "ray": f'echo "$*" >> {log}', "pkill": f'echo "pkill $*" >> {log}',
                        "sleep": f'echo slept >> {log}; exec /bin/sleep 0.2'}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
@@ -566,6 +590,7 @@ def test_a_pod_waits_for_its_work_to_be_saved(tmp_path, env, processes, told, wa
                    env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LEAVE_SECONDS": "40"} | env)
     lines = log.read_text().splitlines() if log.exists() else []
     assert any(line.startswith("drain-node --address head:6379") for line in lines) == told
+    assert any(line.startswith("pkill -TERM -f ^") for line in lines) == ("RAY_ADDRESS" not in env)
     assert ("slept" in lines) == waits
 
 

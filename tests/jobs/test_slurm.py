@@ -39,7 +39,7 @@ def stop(cluster, job: int) -> None:
     cluster.wait_for(job, lambda: cluster.facts(job)["JobState"] == "FAILED", "its end")
     assert cluster.facts(job)["ExitCode"] == "143:0"
     for node in cluster.nodes:
-        assert [p.name() for p in node.processes()] == ["slurmd"]
+        cluster.wait_for(job, lambda node=node: [p.name() for p in node.processes()] == ["slurmd"], "an idle node")
 
 
 def test_a_job_out_of_time_saves_and_goes_on_in_the_queue(cluster):
@@ -66,6 +66,19 @@ def test_a_job_that_loses_a_node_goes_on_in_the_queue(cluster):
     stop(cluster, job)
 
 
+def test_a_job_that_loses_a_node_of_ray_goes_on_in_the_queue(cluster):
+    """Of which Slurm knows nothing: a worker's daemon of Ray ends alone."""
+    job = submit(cluster, "alone")
+    cluster.wait_for(job, lambda: newest(cluster, "alone"), "a checkpoint")
+    next(p for p in cluster.nodes[1].processes() if p.name() == "raylet").kill()
+    cluster.wait_for(job, lambda: cluster.facts(job)["Restarts"] == "1", "the second try")
+    saved = newest(cluster, "alone")
+    assert "a node of Ray has ended" in cluster.log(job)
+    cluster.wait_for(job, lambda: newest(cluster, "alone") > saved, "another checkpoint")
+    assert f"going on from the checkpoint of step {saved}" in cluster.log(job)
+    stop(cluster, job)
+
+
 def test_the_line_of_the_page_goes_from_pictures_to_an_fid(cluster):
     """On one node of four processors. The log ends with the numbers."""
     output = cluster.folder / "digits"
@@ -74,4 +87,6 @@ def test_the_line_of_the_page_goes_from_pictures_to_an_fid(cluster):
     cluster.wait_for(job, lambda: cluster.facts(job)["JobState"] in ("COMPLETED", "FAILED"), "its end", 900)
     assert cluster.facts(job)["ExitCode"] == "0:0"
     fid = json.loads((output / "evaluate" / "metrics.json").read_text())["metrics"]["fid"]
-    assert f"{fid:.2f}" in "".join(cluster.log(job).splitlines()[-10:])
+    *_, numbers, report = cluster.log(job).splitlines()
+    assert numbers.startswith(f"fid_digits_1k {fid:.4g}  ")
+    assert report == f"report {output}/report/index.html"
