@@ -22,16 +22,17 @@ class Wish:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Wish]:
-    """Notes the first SIGINT or SIGTERM while the block runs; a second one raises KeyboardInterrupt, for the impatient.
+    """Notes the first SIGINT or SIGTERM while the block runs. After it, SIGINT raises KeyboardInterrupt, for the impatient;
+    SIGTERM, which schedulers send more than once, says nothing new.
 
     Off the main thread, where Python takes no signals, nothing is noted.
     """
     wish = Wish()
 
     def note(signum: int, frame: object) -> None:
-        if wish.signum is not None:
+        if wish.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        wish.signum = signum
+        wish.signum = wish.signum or signum
 
     if threading.current_thread() is not threading.main_thread():
         yield wish

@@ -118,8 +118,7 @@ def watch(fit: Callable[[], None], control: Any, config: TrainConfig, num_worker
                 if reason is None:
                     reason = _reason(control, wish, growth)
                     if reason == STOPPED:
-                        logger.warning("stopping once the step is done and its checkpoint written; a second signal does not "
-                                       "wait")
+                        logger.warning("stopping once the step is done and its checkpoint written; Ctrl-C now does not wait")
                 wanted = meanwhile()  # whose troubles keep no stop from the workers
                 reason = reason or wanted
             except Exception as error:
