@@ -1,9 +1,13 @@
 """Connecting to Ray: a running cluster where there is one, else a small local one. The only reader of the environment."""
 
 import atexit
+import contextlib
 import logging
 import os
+import secrets
 import signal
+import tempfile
+from pathlib import Path
 
 import ray
 from ray._private.worker import get_dashboard_url
@@ -50,6 +54,7 @@ def start(dashboard: bool = False) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
+        keep_token()
         try:
             ray.init(address="local", num_cpus=(os.cpu_count() or 1) + WAITING_CPUS, include_dashboard=dashboard,
                      object_store_memory=512 * 1024**2, log_to_driver=False, logging_level=logging.ERROR)
@@ -63,6 +68,22 @@ def start(dashboard: bool = False) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
+
+
+def keep_token() -> None:
+    """See that the token of this user's Rays is there and nobody else's to read: Ray would make a file that all may read."""
+    if os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    if not path.exists():
+        number, made = tempfile.mkstemp(dir=path.parent)  # mode 0600
+        with os.fdopen(number, "w") as file:
+            file.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):  # another's process was faster
+            os.link(made, path)
+        os.unlink(made)
+    path.chmod(0o600)
 
 
 def start_heeding(dashboard: bool = False) -> Wish:

@@ -1,7 +1,9 @@
 """Who may ask anything of a local Ray."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +19,23 @@ def test_a_local_ray_answers_nobody_without_its_token(ray_session):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90)
         assert ("in 1" in done.stdout, done.returncode == 0) == (is_in, is_in), done.stderr[-2000:]
         assert is_in or "auth" in done.stderr.lower()
+
+
+@pytest.mark.parametrize("held", [None, "theirs"])
+def test_the_token_is_its_users_alone(tmp_path, monkeypatch, held):
+    """Ray makes it for all to read."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    token = tmp_path / ".ray" / "auth_token"
+    if held:
+        token.parent.mkdir()
+        token.write_text(held)
+        token.chmod(0o644)
+    session.keep_token()
+    made = token.read_text()
+    assert made == held or len(made) == 64
+    assert token.stat().st_mode & 0o777 == 0o600
+    session.keep_token()
+    assert token.read_text() == made
+    assert os.listdir(token.parent) == ["auth_token"]
