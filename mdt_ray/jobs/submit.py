@@ -55,7 +55,7 @@ def submit(config: SubmitConfig) -> str:
     folder = Path(config.working_dir).absolute()
     _refuse_upload(folder)
     client = _client(config.address)
-    environment: dict = {"working_dir": str(folder), "env_vars": {
+    environment: dict = {"working_dir": str(folder), "excludes": list(SECRET_FILES), "env_vars": {
         "RAY_JOB_STOP_WAIT_TIME_S": str(config.stop_seconds), "PYTHONUNBUFFERED": "1"}}
     if not (folder / "mdt_ray" / "cli.py").is_file():
         package = Path(mdt_ray.__file__).parent
@@ -110,6 +110,11 @@ def stop(config: ClusterConfig) -> str:
         time.sleep(0.5)
     return (f"job {config.job}: {_state(client, config.job)}; submit the same command from the same folder to go on:\n"
             f"  {_typed(info.entrypoint, f'mdt-ray submit{_at(config.address)}')}")
+
+
+SECRET_FILES = (".env", ".env.*", "storage.env", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc", ".aws/", ".ssh/",
+                ".ray/", "credentials*.json")
+"""What never goes along, in the words of .gitignore."""
 
 
 def _refuse_upload(folder: Path) -> None:

@@ -113,6 +113,18 @@ def test_the_upload_is_small(tmp_path):
     assert not [name for name in names if name.split("/")[0] in ("tests", "runs", ".git", ".venv")]
 
 
+def test_what_is_named_as_keys_are_is_not_uploaded(tmp_path):
+    """Packed by Ray itself; by `ray job submit`, from the repository, too."""
+    folder = tmp_path / "project"
+    for name in ("run.toml", "a/.env", "a/x.pem", ".env.local", ".netrc", ".aws/credentials", "credentials-1.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    create_package(str(folder), tmp_path / "package.zip", include_gitignore=True, excludes=list(submit.SECRET_FILES))
+    with zipfile.ZipFile(tmp_path / "package.zip") as packed:
+        assert {name for name in packed.namelist() if not name.endswith("/")} == {"run.toml"}
+    assert set(submit.SECRET_FILES) <= set((ROOT / ".rayignore").read_text().splitlines())
+
+
 def test_a_home_folder_and_a_large_one_are_not_uploaded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "people" / "me"))
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
