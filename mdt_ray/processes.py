@@ -29,7 +29,7 @@ def start_of(pid: int) -> str | None:
         return None if state in "ZX" else facts[18]
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter of a number that is nobody's
         return None
     except PermissionError:  # another user's
         pass

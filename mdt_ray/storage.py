@@ -199,7 +199,7 @@ def read_json(uri: str) -> Any:
     """Parsed JSON. Raises FileNotFoundError, or ValueError naming a damaged file."""
     try:
         return parsed(uri, json.loads)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{uri}: damaged JSON ({error}); delete it and run the same command again") from error
 
 

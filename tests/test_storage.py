@@ -329,3 +329,5 @@ def test_what_another_user_left_on_this_machine_stays(tmp_path, monkeypatch):
     mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")).touch()
     monkeypatch.setattr(storage, "discard", refuse)
     assert storage.scratch().parent == tmp_path
+    mine.with_name(mine.name.replace(f"-{os.getpid()}-", "-99999999999-")).touch()  # no number of a process
+    assert storage.scratch().parent == tmp_path

@@ -45,6 +45,8 @@ def scan(folder: str, name: str, image_suffixes: frozenset[str]) -> list[Sample]
             with tarfile.open(fileobj=reader, mode="r:") as tar:
                 for member in tar:
                     tar.members = []  # tarfile keeps every header otherwise
+                    if member.size < 0 or member.sparse is not None:  # it would be read for ever; its size is anything
+                        raise tarfile.TarError(f"{member.name!r} is sparse, or of {member.size} bytes")
                     if member.isfile():
                         _note(samples, tar, member, image_suffixes)
                     end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -87,6 +89,6 @@ def _note(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarf
     elif suffix == "json" and "label" not in sample:
         try:
             values = json.loads(_text(tar, member))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise tarfile.TarError(f"{member.name!r} is no JSON: {error}") from error
         sample["label"] = next((values[k] for k in JSON_LABELS if k in values), None) if isinstance(values, dict) else None

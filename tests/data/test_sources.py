@@ -472,6 +472,24 @@ def test_labels_of_any_length_are_not_read_from_tars(tmp_path):
     refused(tmp_path, r"'b.cls' has 1048577 bytes, and a label at most 1048576")
 
 
+@pytest.mark.parametrize("size", [b"\xff" * 10 + b"\xfe\x00", b"-0000000512\0"])
+def test_a_tar_with_a_member_of_less_than_nothing_ends(tmp_path, size):
+    """Python's reader goes back by as much, for ever."""
+    write_tar(tmp_path / "x.tar", [*sample("a", PICTURES[0], 1), (".x", b"x")])
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    at = data.index(b".x\0")
+    data[at + 124:at + 136] = size
+    data[at + 148:at + 156] = b" " * 8
+    data[at + 148:at + 156] = b"%06o\0 " % sum(data[at:at + 512])
+    (tmp_path / "x.tar").write_bytes(data)
+    refused(tmp_path, r"x.tar: not a readable tar")
+
+
+def test_a_label_of_many_brackets_is_named(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.jpg", PICTURES[0]), ("a.json", b"[" * 100_000)])
+    refused(tmp_path, r"x.tar: not a readable tar \('a.json' is no JSON")
+
+
 def test_listing_a_tar_in_a_store_takes_no_request_a_picture(tmp_path, monkeypatch):
     s3.give_keys(monkeypatch)
     write_tar(tmp_path / "p" / "a.tar", [m for i in range(100) for m in sample(f"{i:02d}", os.urandom(200_000), 0)])
