@@ -253,7 +253,7 @@ def _wandb(wandb: ModuleType, config: TrackConfig, output: str, run: dict[str, A
     """The output's run in Weights & Biases, or a new one."""
     team, _, project = config.wandb.rpartition("/")
     held = _remembered(config, output, "wandb")
-    folder = Path(storage.resolve(output)[1] if storage.is_local(output) else tempfile.gettempdir())
+    folder = Path(storage.resolve(output)[1] if storage.is_local(output) else tempfile.mkdtemp(prefix="wandb-"))
     folder.mkdir(parents=True, exist_ok=True)  # (else its files go to the system's temporary folder)
     opened = wandb.init(entity=team or None, project=project, id=held["id"] if held else uuid.uuid4().hex, resume="allow",
                         name=None if held else _name(config, output), dir=str(folder), config=run["config"],
