@@ -72,7 +72,7 @@ def start(dashboard: bool = False) -> None:
 
 def keep_token() -> None:
     """See that the token of this user's Rays is there and nobody else's to read: Ray would make a file that all may read."""
-    if os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+    if os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} or os.environ.get("RAY_AUTH_MODE") == "disabled":
         return
     path = Path.home() / ".ray" / "auth_token"
     path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -83,7 +83,8 @@ def keep_token() -> None:
         with contextlib.suppress(FileExistsError):  # another's process was faster
             os.link(made, path)
         os.unlink(made)
-    path.chmod(0o600)
+    with contextlib.suppress(OSError):  # mounted, or another's
+        path.chmod(0o600)
 
 
 def start_heeding(dashboard: bool = False) -> Wish:

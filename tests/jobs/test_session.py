@@ -25,7 +25,7 @@ def test_a_local_ray_answers_nobody_without_its_token(ray_session):
 def test_the_token_is_its_users_alone(tmp_path, monkeypatch, held):
     """Ray makes it for all to read."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     token = tmp_path / ".ray" / "auth_token"
     if held:
@@ -39,3 +39,11 @@ def test_the_token_is_its_users_alone(tmp_path, monkeypatch, held):
     session.keep_token()
     assert token.read_text() == made
     assert os.listdir(token.parent) == ["auth_token"]
+
+
+def test_where_no_token_is_asked_for_none_is_made(tmp_path, monkeypatch):
+    """There may be nowhere to write it."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "none")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    session.keep_token()
+    assert not (tmp_path / "none").exists()
