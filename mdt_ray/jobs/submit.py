@@ -31,6 +31,9 @@ ERROR = re.compile(r"^mdt-ray [\w -]+: error: ")
 HINT = "(--debug shows the traceback)"
 OURS = ("python", "-m", "mdt_ray.cli")
 """What a submitted command begins with on the cluster, where there is no `mdt-ray`."""
+SECRET_FILES = (".env", ".env.*", "storage.env", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc", ".aws/", ".ssh/",
+                ".ray/", "credentials*.json")
+"""What never goes along, in the words of .gitignore."""
 UPLOAD_BYTES = 100e6
 """Of a folder without .rayignore, at most."""
 PATIENCE_SECONDS = 120.0
@@ -110,11 +113,6 @@ def stop(config: ClusterConfig) -> str:
         time.sleep(0.5)
     return (f"job {config.job}: {_state(client, config.job)}; submit the same command from the same folder to go on:\n"
             f"  {_typed(info.entrypoint, f'mdt-ray submit{_at(config.address)}')}")
-
-
-SECRET_FILES = (".env", ".env.*", "storage.env", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc", ".aws/", ".ssh/",
-                ".ray/", "credentials*.json")
-"""What never goes along, in the words of .gitignore."""
 
 
 def _refuse_upload(folder: Path) -> None:
