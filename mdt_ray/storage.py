@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 
-from mdt_ray import config_io, processes
+from mdt_ray import config_io, scratch
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -231,13 +230,13 @@ def _made_apart(uri: str) -> Iterator[tuple[pafs.FileSystem, str, Path]]:
     """The filesystem and path of a file or folder to come, and a local path to make it at, where nothing stays."""
     fs, path = resolve(uri)
     path = path.rstrip("/")
-    temporary = Path(_temporary(path)) if isinstance(fs, pafs.LocalFileSystem) else scratch()
+    temporary = Path(_temporary(path)) if isinstance(fs, pafs.LocalFileSystem) else scratch.new_path()
     try:
         with _naming(uri):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             yield fs, path, temporary
     finally:
-        discard(temporary)
+        scratch.discard(temporary)
 
 
 @contextmanager
@@ -311,26 +310,6 @@ def _temporary(path: str) -> str:
     return f"{path}{TEMPORARY}{uuid.uuid4().hex}"
 
 
-def scratch() -> Path:
-    """A path on this machine, for what goes to a store or is of no use to others. Those of killed processes are deleted."""
-    here = processes.where()
-    root, space = Path(tempfile.gettempdir()), sha256((here["host"] + here["space"]).encode())[:8]
-    for path in root.glob(f"mdt_ray-{space}-*"):  # of hosts and containers that share it, each knows its own processes
-        owner = path.name.split("-")[2]
-        if owner.isdecimal() and processes.start_of(int(owner)) is None:
-            with suppress(OSError):  # another user's
-                discard(path)
-    return root / f"mdt_ray-{space}-{os.getpid()}-{uuid.uuid4().hex}"
-
-
-def discard(path: Path) -> None:
-    """Delete what lies at a local path, if anything does."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def clear_leftovers(uri: str) -> None:
     """Delete what killed writers left half-written in a folder, not below it. For its one owner."""
     for name in list_names(uri):
@@ -376,7 +355,7 @@ def fetched(uri: str) -> Iterator[Path]:
     if isinstance(fs, pafs.LocalFileSystem):
         yield Path(path)
         return
-    copy = scratch()
+    copy = scratch.new_path()
     try:
         for info in patiently(fs, lambda: fs.get_file_info(pafs.FileSelector(path, recursive=True))):
             if info.type == pafs.FileType.File:
@@ -386,7 +365,7 @@ def fetched(uri: str) -> Iterator[Path]:
                 _download(fs, info.path, copy / name)
         yield copy
     finally:
-        discard(copy)
+        scratch.discard(copy)
 
 
 def _download(fs: pafs.FileSystem, path: str, target: Path) -> None:

@@ -457,7 +457,7 @@ FAKES = {
            'if [ "$1" = health-check ]; then exit "${UNHEALTHY:-0}"; fi\nexec sleep 60',
     "sleep": 'if [ "$1" = 2 ]; then exit 0; fi\nexec /bin/sleep "$@"',
     "driver": 'until [ "$(grep -c "^mode" "$LOG")" -ge 3 ]; do /bin/sleep 0.05; done  # the check, the head, the others\n'
-              'echo "driver $* at $RAY_ADDRESS" >> "$LOG"\n'
+              'echo "driver $* at $RAY_ADDRESS" >> "$LOG"\nstat --format "folder %a" /tmp/ray-42 >> "$LOG"\n'
               'trap \'echo "driver saved" >> "$LOG"; exit 143\' TERM\n'
               'echo ready >> "$LOG"\nif [ -n "${CODE:-}" ]; then exit "$CODE"; fi\nwhile :; do /bin/sleep 0.05; done',
 }
@@ -498,12 +498,24 @@ def test_slurm_starts_ray_with_a_token_and_hands_on_the_code(tmp_path):
     head, worker = [line for line in lines if line.startswith("srun ray start")]
     assert "--head" in head
     assert "--node-ip-address=192.0.2.7 --port=6379" in head
+    assert "--temp-dir=/tmp/ray-42/ray" in head
+    assert "folder 700" in lines
+    assert not Path("/tmp/ray-42").exists()
     assert "--dashboard-host=127.0.0.1" in head
     assert "--address=192.0.2.7:6379" in worker
     assert {line for line in lines if line.startswith("mode")} == {"mode token token 64"}
     assert "nodes 2 at 192.0.2.7:6379" in lines
     assert "driver --latents a b at 192.0.2.7:6379" in lines
     assert not any(line.startswith("scontrol") for line in lines)
+
+
+def test_slurm_does_not_start_ray_in_what_another_user_made(tmp_path):
+    (tmp_path / "theirs").mkdir(mode=0o777)
+    Path("/tmp/ray-42").symlink_to(tmp_path / "theirs")
+    code, lines = Slurm(tmp_path, CODE="0").end()
+    assert code == 1
+    assert "/tmp/ray-42 belongs to another user, who could change what Ray runs: have it deleted" in lines
+    assert not any("ray start" in line for line in lines)
 
 
 def test_slurm_puts_a_job_that_is_out_of_time_into_the_queue_again(tmp_path):

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import SafetensorError
 
-from mdt_ray import storage, tables
+from mdt_ray import scratch, storage, tables
 from tests import s3
 from tests.conftest import ROOT
 
@@ -90,7 +90,7 @@ def test_a_file_goes_to_a_store_in_parts(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="bad part"):
             fail_halfway(store.uri("a/c.bin"), ValueError("bad part"))
         assert list(store.objects("a")) == ["b.bin"]
-    assert list(tmp_path.iterdir()) == [], "no temporary file is left"
+    assert os.listdir(scratch.private_folder()) == [], "no temporary file is left"
 
 
 def _fill(uri: str, error: Exception | None = None) -> None:
@@ -256,7 +256,7 @@ def test_a_folder_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"holds a file '../../evil', which is outside of it; delete that"), \
                 storage.fetched(store.uri("a")):
             raise AssertionError
-        assert list(tmp_path.iterdir()) == []
+        assert os.listdir(scratch.private_folder()) == []
 
 
 def test_a_copy_of_a_killed_process_goes_with_the_next(monkeypatch, tmp_path):
@@ -268,9 +268,10 @@ def test_a_copy_of_a_killed_process_goes_with_the_next(monkeypatch, tmp_path):
                 "    assert (there / 'x').is_file()\n    os.kill(os.getpid(), 9)")
         killed = subprocess.run([sys.executable, "-c", code, store.uri("a")], cwd=ROOT,
                                 env=os.environ | {"TMPDIR": str(tmp_path)})
-        assert (killed.returncode, len(list(tmp_path.iterdir()))) == (-9, 1)
+        mine = scratch.private_folder()
+        assert (killed.returncode, len(os.listdir(mine))) == (-9, 1)
         with storage.fetched(store.uri("a")) as there:
-            assert list(tmp_path.iterdir()) == [there]
+            assert list(mine.iterdir()) == [there]
 
 
 def test_a_write_that_broke_off_leaves_no_part_of_it(monkeypatch):
@@ -311,23 +312,12 @@ def test_what_killed_writers_left_on_this_machine_is_deleted(tmp_path, monkeypat
             "    (folder / 'x').write_text('x')\n    os.kill(os.getpid(), 9)\n")
     with s3.serve() as store:
         subprocess.run([sys.executable, "-c", code], env=os.environ | {"URI": store.uri("a"), "TMPDIR": str(tmp_path)})
-        assert len(list(tmp_path.glob("mdt_ray-*/x"))) == 1
-        kept = {"mdt_ray-sketches", f"mdt_ray-12345678-{2**22 + 1}-another-container's"}
-        for name in kept:
-            (tmp_path / name).touch()
+        mine = scratch.private_folder()
+        killed, = (path.parent for path in mine.glob("*/x"))
+        space = killed.name.partition("-")[0]
+        kept = {"ray", f"{space}-sketches", f"12345678-{2**22 + 1}-another-container's"}
+        for name in kept | {f"{space}-99999999999-no-process's-number"}:
+            (mine / name).touch()
         _fill(store.uri("b"))
-        assert {path.name for path in tmp_path.iterdir()} == kept
+        assert set(os.listdir(mine)) == kept
         assert set(store.objects("b")) == {"sub/x", "done"}
-
-
-def test_what_another_user_left_on_this_machine_stays(tmp_path, monkeypatch):
-    def refuse(path) -> None:
-        raise PermissionError(path)
-
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    mine = storage.scratch()
-    mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")).touch()
-    monkeypatch.setattr(storage, "discard", refuse)
-    assert storage.scratch().parent == tmp_path
-    mine.with_name(mine.name.replace(f"-{os.getpid()}-", "-99999999999-")).touch()  # no number of a process
-    assert storage.scratch().parent == tmp_path

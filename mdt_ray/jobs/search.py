@@ -20,7 +20,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.trainable.function_trainable import FunctionTrainable, wrap_function
 
-from mdt_ray import run_folder, storage
+from mdt_ray import run_folder, scratch, storage
 from mdt_ray.config import TuneConfig
 from mdt_ray.interrupts import Wish
 from mdt_ray.jobs import control, fanout, nodes, progress, session, trial
@@ -118,7 +118,7 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
     takes = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
     ended = {t.name for t in known if t.result() is not None}
     # Tune's own files are of no use to anybody else. It unpickles errors that it finds there, so they are not in a bucket.
-    own = storage.scratch()
+    own = scratch.new_path()
     source = suggestions or BasicVariantGenerator(max_concurrent=concurrent)
     with progress.bar(total, "trial", "tune", initial=len(ended)) as bar:
         ledger = _Ledger(sweep, bar, groups, ended)
@@ -157,7 +157,7 @@ def _fit(sweep: Sweep, *, total: int, known: list[Trial], groups: Sequence[list[
             return control.watch(fit, channel, config.train, workers.num_workers, sweep.wish, ledger.on_row, meanwhile)
         finally:
             ray.kill(channel)
-            storage.discard(own)
+            scratch.discard(own)
             if run_folder.holds(sweep.claim):
                 sweep.budget.write()
 

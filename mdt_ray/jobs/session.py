@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 from ray._private.worker import get_dashboard_url
 
-from mdt_ray import config_io
+from mdt_ray import config_io, scratch
 from mdt_ray.config import WorkersConfig
 from mdt_ray.interrupts import Wish, stop_signals
 from mdt_ray.jobs import nodes
@@ -55,12 +55,14 @@ def start(dashboard: bool = False) -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
         keep_token()
+        # Ray's own, /tmp/ray, is anybody's to write to, code that workers run in it.
+        folder = os.path.join(os.environ.get("RAY_TMPDIR") or scratch.private_folder(), "ray")
         try:
             ray.init(address="local", num_cpus=(os.cpu_count() or 1) + WAITING_CPUS, include_dashboard=dashboard,
-                     object_store_memory=512 * 1024**2, log_to_driver=False, logging_level=logging.ERROR)
+                     object_store_memory=512 * 1024**2, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=folder)
         except Exception as error:  # Ray raises Exception itself
             raise RuntimeError(f"Ray did not start: {str(error).strip()}; where the machine is busy, run the same command "
-                               "again later. Its logs are in session_latest/logs of its folder, /tmp/ray") from error
+                               f"again later. Its logs are in session_latest/logs of its folder, {folder}") from error
         atexit.register(ray.shutdown)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

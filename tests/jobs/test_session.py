@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
+from mdt_ray import scratch
 from mdt_ray.jobs import session
 
 
@@ -19,6 +21,13 @@ def test_a_local_ray_answers_nobody_without_its_token(ray_session):
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=90)
         assert ("in 1" in done.stdout, done.returncode == 0) == (is_in, is_in), done.stderr[-2000:]
         assert is_in or "auth" in done.stderr.lower()
+
+
+@pytest.mark.ray
+def test_what_a_local_ray_runs_nobody_else_can_write(ray_session):
+    """Ray makes its own folders for all to write to."""
+    socket, = (Path(node["ObjectStoreSocketName"]) for node in ray.nodes())
+    assert socket.is_relative_to(scratch.private_folder() / "ray")
 
 
 @pytest.mark.parametrize("held", [None, "theirs"])
