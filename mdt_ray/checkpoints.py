@@ -172,10 +172,6 @@ def write_metrics(uri: str, rows: list[dict]) -> None:
 def read_metrics(uri: str) -> list[dict]:
     """The rows of a metrics.parquet, each without the columns that it lacked. Raises FileNotFoundError, and ValueError for
     what is no table of numbers and short texts."""
-    file = tables.open_file(uri)
-    try:
-        found = tables.values(file, file.schema_arrow.names)
-    except ValueError as error:
-        raise ValueError(f"{uri}: {error}") from error
+    found = tables.read_values(uri)
     rows = zip(*found.values(), strict=True)
     return [{name: value for name, value in zip(found, row, strict=True) if value is not None} for row in rows]

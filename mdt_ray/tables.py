@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mdt_ray import storage
+from mdt_ray import parquet_pages, storage
 
 T = TypeVar("T")
 MAX_TEXT_BYTES = 4096
@@ -21,6 +21,7 @@ BATCH_BYTES = 2**26
 """Unpacked at once, at most, where each row is as long as all that the file has for the column."""
 MAX_UNPACKED = 1000
 """Bytes of a table for each of its file, at most."""
+PACKED = f"unpacks to more than {MAX_UNPACKED} times its size: not read"
 PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}
 """Encodings of values as they are; the latter two tell which of them are missing."""
 
@@ -39,29 +40,38 @@ def write(uri: str, table: pa.Table, **options: Any) -> None:
 def read(uri: str) -> pa.Table:
     """A whole Parquet file. Raises FileNotFoundError, and ValueError as `open_file` and for one that unpacks to too much."""
     def parse(data: bytes) -> pa.Table:
-        file = open_handle(pa.BufferReader(data))
-        return read_groups(file, len(data), range(file.num_row_groups))
+        handle = pa.BufferReader(data)
+        file = open_handle(handle)
+        return read_groups(file, handle, range(file.num_row_groups))
 
     return _parsed(uri, parse)
 
 
-def read_groups(file: pq.ParquetFile, num_bytes: int, groups: Iterable[int]) -> pa.Table:
-    """Row groups of an open file of `num_bytes`. Raises Refused where they unpack to more than MAX_UNPACKED times that."""
-    most, batches = BATCH_BYTES + MAX_UNPACKED * num_bytes, []
+def read_groups(file: pq.ParquetFile, handle: pa.NativeFile, groups: Iterable[int]) -> pa.Table:
+    """Row groups of a file that is open at a handle. Raises Refused where they unpack to more than MAX_UNPACKED times its
+    size, and ValueError where their pages are damaged."""
+    most, batches = BATCH_BYTES + MAX_UNPACKED * handle.size(), []
     for k in groups:
         group = file.metadata.row_group(k)
-        size = max((group.column(i).total_uncompressed_size for i in range(group.num_columns)), default=1)
+        size = _largest(handle, [group.column(i) for i in range(group.num_columns)])
+        if size > most:
+            raise Refused(PACKED)
         for batch in file.iter_batches(max(BATCH_BYTES // size, 1), row_groups=[k]):
             most -= batch.nbytes
             if most < 0:
-                raise Refused(f"unpacks to more than {MAX_UNPACKED} times its size: not read")
+                raise Refused(PACKED)
             batches.append(batch)
     return pa.Table.from_batches(batches, file.schema_arrow)
 
 
-def open_file(uri: str) -> pq.ParquetFile:
-    """A small Parquet file, fetched whole. Raises FileNotFoundError, and ValueError naming what is none or is refused."""
-    return _parsed(uri, lambda data: open_handle(pa.BufferReader(data)))
+def read_values(uri: str) -> dict[str, list[Any]]:
+    """`values` of all columns. Raises FileNotFoundError, and ValueError naming a file that is none or is refused."""
+    def parse(data: bytes) -> dict[str, list[Any]]:
+        handle = pa.BufferReader(data)
+        file = open_handle(handle)
+        return values(file, handle, file.schema_arrow.names)
+
+    return _parsed(uri, parse)
 
 
 def _parsed(uri: str, parse: Callable[[bytes], T]) -> T:
@@ -73,12 +83,16 @@ def _parsed(uri: str, parse: Callable[[bytes], T]) -> T:
 
 def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
     """An open file as Parquet, with pyarrow's options. Raises Refused for what no table of ours, and no data set, needs:
-    columns whose values Python makes (Ray registers a type that unpickles them), and many more rows than bytes."""
+    columns whose values Python makes (Ray registers a type that unpickles them), and many more rows than bytes; ValueError
+    for an index that does not add up."""
     file = pq.ParquetFile(handle, **options)
     if names := [field.name for field in file.schema_arrow if _makes_objects(field.type)]:
         raise Refused(f"its columns {', '.join(names)} hold Python objects, which could run code: not read")
-    if file.metadata.num_rows > 4 * handle.size():
-        raise Refused(f"has {file.metadata.num_rows} rows in {handle.size()} bytes: not read")
+    count, counts = file.metadata.num_rows, [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+    if count > 4 * handle.size():
+        raise Refused(f"has {count} rows in {handle.size()} bytes: not read")
+    if min(counts, default=0) < 0 or sum(counts) != count:
+        raise ValueError(f"has {count} rows by its index, and {sum(counts)} in its parts: damaged")
     return file
 
 
@@ -96,10 +110,11 @@ def _makes_objects(kind: pa.DataType) -> bool:
     return isinstance(kind, pa.ExtensionType) or any(_makes_objects(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def values(file: pq.ParquetFile, paths: Sequence[str]) -> dict[str, list[Any]]:
-    """Columns, also of a struct (`image.path`), as Python's values by their path; equal texts are one object.
+def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of a file that is open at a handle, also of a struct (`image.path`), as Python's values by their path; equal
+    texts are one object.
 
-    Raises ValueError for a column of another type, and for longer texts.
+    Raises ValueError for a column of another type, for longer texts, and for damaged pages.
     """
     schema = file.schema_arrow
     places = {path: [path] if path in schema.names else path.split(".") for path in paths}
@@ -112,7 +127,7 @@ def values(file: pq.ParquetFile, paths: Sequence[str]) -> dict[str, list[Any]]:
     for k in range(file.num_row_groups):
         group = file.metadata.row_group(k)
         chunks = [group.column(i) for i in range(group.num_columns)]
-        size = max((chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in paths), default=1)
+        size = _largest(handle, [chunk for chunk in chunks if chunk.path_in_schema in paths])
         if size > group.num_rows * MAX_TEXT_BYTES + BATCH_BYTES:
             raise ValueError(f"{' or '.join(paths)} has texts of more than {MAX_TEXT_BYTES} bytes")
         for batch in file.iter_batches(max(BATCH_BYTES // size, 1), row_groups=[k], columns=list(paths)):
@@ -123,6 +138,11 @@ def values(file: pq.ParquetFile, paths: Sequence[str]) -> dict[str, list[Any]]:
                 found[path] += [same.setdefault(value, value) if isinstance(value, str) else value
                                 for value in column.to_pylist()]
     return found
+
+
+def _largest(handle: pa.NativeFile, chunks: Iterable[pq.ColumnChunkMetaData]) -> int:
+    """Bytes of the one that unpacks to most; at least one."""
+    return max([1, *(parquet_pages.unpacked_bytes(handle, chunk) for chunk in chunks)])
 
 
 def _is_text(kind: pa.DataType) -> bool:

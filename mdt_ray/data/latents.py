@@ -26,6 +26,10 @@ REJECTED = "rejected.parquet"
 FILE_NAME = re.compile(r"chunk-\d{5,}\.parquet")
 ROW_OVERHEAD = 60
 """Bytes of a row beside its moments: id, label, split, and their share of the file's index."""
+BATCH_BYTES = 2**30
+"""Unpacked at once, at most, where each row is as long as all that the file has for the column."""
+SLACK_BYTES = 2**20
+"""Of a row group in memory beyond its file: lengths of rows, room at a buffer's end."""
 RETRY_SECONDS = (1.0, 10.0, 60.0)
 """Waited before a read is tried again that failed for a reason outside the file."""
 REBUILD = "run the same `mdt-ray precompute` again, which rebuilds just that file"
@@ -225,8 +229,7 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
             metadata = _metadata(uri, file.sha256)
             fs, path = storage.resolve(uri)
             with fs.open_input_file(path) as handle:
-                table = pq.ParquetFile(handle, metadata=metadata).read_row_group(group, columns=columns + others,
-                                                                                   use_threads=False)
+                table = _read_columns(pq.ParquetFile(handle, metadata=metadata), group, columns + others, handle.size())
             break
         except tables.Refused as error:
             raise ValueError(f"{uri}: {error}; {REBUILD}") from error
@@ -272,6 +275,23 @@ def open_handle(handle: pa.NativeFile) -> pq.ParquetFile:
     file = tables.open_handle(handle)
     tables.refuse_packed(file.metadata)
     return file
+
+
+def _read_columns(file: pq.ParquetFile, group: int, names: list[str], num_bytes: int) -> pa.Table:
+    """Of a row group in a file of `num_bytes`. Raises Refused where they unpack to more: an index may keep silent about how
+    pages hold their rows."""
+    parts = file.metadata.row_group(group)
+    largest = max((parts.column(k).total_compressed_size for k in range(parts.num_columns)), default=0)
+    batches, most = [], num_bytes + SLACK_BYTES
+    rows = min(parts.num_rows, BATCH_BYTES // max(largest, 1))  # each may be as long as all that the column holds
+    for batch in file.iter_batches(max(rows, 1), row_groups=[group], columns=names, use_threads=False):
+        most -= batch.nbytes
+        if most < 0:
+            raise tables.Refused("unpacks to more than it holds: not read")
+        batches.append(batch)
+    if not batches:
+        raise ValueError("it is empty")
+    return pa.Table.from_batches(batches)
 
 
 def binary_rows(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:

@@ -134,12 +134,12 @@ def _csv_table(handle: pa.NativeFile) -> tuple[list[str], Callable]:
 
 def _parquet_table(handle: pa.NativeFile) -> tuple[list[str], Callable]:
     file = tables.open_handle(handle)
-    return file.schema_arrow.names, functools.partial(tables.values, file)
+    return file.schema_arrow.names, functools.partial(tables.values, file, handle)
 
 
 def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
     """Paths and labels of a file's rows, without reading the images."""
-    with _open_parquet(folder, name) as file:
+    with _open_parquet(folder, name) as (file, handle):
         schema = file.schema_arrow
         for column in ("image", "label") if labelled else ("image",):
             if column not in schema.names:
@@ -152,7 +152,7 @@ def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
             logger.warning("%s has row groups of %d rows; each is read from its start for every chunk in it. Written with "
                            "row groups of some hundred rows it would be read once", name, largest)
         try:
-            found = tables.values(file, ["label"] * labelled + ["image.path"] * has_path)
+            found = tables.values(file, handle, ["label"] * labelled + ["image.path"] * has_path)
         except ValueError as error:
             raise ValueError(f"{storage.join(folder, name)}: {error}") from error
         count = file.metadata.num_rows
@@ -162,7 +162,7 @@ def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
 
 
 @contextlib.contextmanager
-def _open_parquet(folder: str, name: str) -> Iterator[pq.ParquetFile]:
+def _open_parquet(folder: str, name: str) -> Iterator[tuple[pq.ParquetFile, pa.NativeFile]]:
     """Raises ValueError for what is no Parquet file."""
     fs, path = storage.resolve_below(folder, name)
     try:
@@ -171,7 +171,7 @@ def _open_parquet(folder: str, name: str) -> Iterator[pq.ParquetFile]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{storage.join(folder, name)}: not a readable Parquet file ({error})") from error
     with handle:
-        yield file
+        yield file, handle
 
 
 def _scan_tar(folder: str, name: str, labelled: bool = True) -> Rows:
@@ -222,7 +222,7 @@ def _number_classes(source: Source, ids: list[str], labels: list[Any]) -> tuple[
 
 def _parquet_class_names(source: Source) -> list[str] | None:
     """Names of the classes where the files carry Hugging Face's description of them."""
-    with _open_parquet(source.folder, source.files["name"][0].as_py()) as file:
+    with _open_parquet(source.folder, source.files["name"][0].as_py()) as (file, _):
         metadata = file.schema_arrow.metadata or {}
     description = json.loads(metadata.get(b"huggingface", b"{}"))
     return description.get("info", {}).get("features", {}).get("label", {}).get("names")
@@ -248,7 +248,7 @@ def read_parts(uri: str, parts: Sequence[int] | None = None) -> tuple[pa.Table, 
     def read() -> tuple[pa.Table, list[int], list[str]]:
         with fs.open_input_file(path) as handle:
             file = tables.open_handle(handle)
-            rows = tables.read_groups(file, handle.size(), range(file.num_row_groups) if parts is None else parts)
+            rows = tables.read_groups(file, handle, range(file.num_row_groups) if parts is None else parts)
             sizes = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
             if pc.any(pc.match_substring_regex(rows["file"], OUTSIDE)).as_py():
                 raise ValueError("names files outside the source")

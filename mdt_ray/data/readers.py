@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -26,8 +25,6 @@ STREAM_BYTES = 8 * 2**20
 1,024 rows where pyarrow wrote it."""
 MAX_PICTURE_BYTES = 64 * 2**20
 """Of a picture in Parquet. What is larger counts as unreadable: a file of a thousandth of that may unpack to it."""
-ROWS_AT_ONCE = 4
-"""Of Parquet: so many such pictures are in memory before their sizes are known."""
 MOUNTED_SECONDS = (1.0, 5.0)
 """Waits before a failed read of a mounted file system is tried again."""
 MAX_PIECE_BYTES = 2**28
@@ -111,22 +108,21 @@ def _read_ranges(folder: str, name: str, starts: np.ndarray, stops: np.ndarray) 
 
 
 def _read_parquet(folder: str, rows: pa.Table, piece_size: int) -> Iterator[pa.Array]:
-    """Rows in file order, read in slices, however large their row groups are."""
+    """Rows in file order, read one by one, however large their row groups are."""
     waiting: list[bytes | None] = []
     num_bytes = 0
-    for data in _parquet_slices(folder, rows):
-        for picture in data:
-            waiting.append(picture)
-            num_bytes += len(picture or b"")
-            if len(waiting) == piece_size or num_bytes >= MAX_PIECE_BYTES:
-                yield pa.array(waiting, pa.large_binary())
-                waiting, num_bytes = [], 0
+    for picture in _parquet_pictures(folder, rows):
+        waiting.append(picture)
+        num_bytes += len(picture or b"")
+        if len(waiting) == piece_size or num_bytes >= MAX_PIECE_BYTES:
+            yield pa.array(waiting, pa.large_binary())
+            waiting, num_bytes = [], 0
     if waiting:
         yield pa.array(waiting, pa.large_binary())
 
 
-def _parquet_slices(folder: str, rows: pa.Table) -> Iterator[list[bytes | None]]:
-    """Image bytes of the listed rows, a few rows at a time."""
+def _parquet_pictures(folder: str, rows: pa.Table) -> Iterator[bytes | None]:
+    """Image bytes of the listed rows."""
     files, numbers = rows["file"].to_numpy(zero_copy_only=False), rows["offset"].to_numpy()
     for run in np.split(np.arange(len(files)), np.flatnonzero((files[1:] != files[:-1]) | (np.diff(numbers) != 1)) + 1):
         if not len(run):
@@ -138,9 +134,9 @@ def _parquet_slices(folder: str, rows: pa.Table) -> Iterator[list[bytes | None]]
             try:
                 with fs.open_input_file(path) as handle:
                     file = tables.open_handle(handle, buffer_size=STREAM_BYTES, pre_buffer=False)
-                    for part in _row_range(file, first, stop):
-                        first += len(part)
-                        yield part
+                    for picture in _row_range(file, first, stop):
+                        first += 1
+                        yield picture
                 if first < stop:
                     raise ValueError("it ends before them")
                 break
@@ -151,30 +147,22 @@ def _parquet_slices(folder: str, rows: pa.Table) -> Iterator[list[bytes | None]]
                 time.sleep(waits.pop(0))
 
 
-def _row_range(file: pq.ParquetFile, first: int, stop: int) -> Iterator[list[bytes | None]]:
+def _row_range(file: pq.ParquetFile, first: int, stop: int) -> Iterator[bytes | None]:
     ends = np.cumsum([file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)])
     groups = list(range(int(ends.searchsorted(first, side="right")), int(ends.searchsorted(stop)) + 1))
-    at = int(ends[groups[0] - 1]) if groups[0] else 0
     column = "image.bytes" if pa.types.is_struct(file.schema_arrow.field("image").type) else "image"
-    # (Where rows repeat one picture for next to no bytes, all of a batch would be unpacked together.)
-    size = 1 if any(_has_dictionary(file, group, column) for group in groups) else ROWS_AT_ONCE
-    for batch in file.iter_batches(size, row_groups=groups, columns=[column]):
-        images = batch.column(0)
-        images = images.field("bytes") if pa.types.is_struct(images.type) else images
-        low, high = max(first - at, 0), min(stop - at, len(images))
-        if low < high:
-            part = images.slice(low, high - low).cast(pa.large_binary())
-            if part.nbytes > MAX_PICTURE_BYTES:  # else none of them is
-                part = pc.if_else(pc.greater(pc.binary_length(part), MAX_PICTURE_BYTES), b"", part)
-            yield part.to_pylist()
-        at += len(images)
-        if at >= stop:
+    # One at a time: a thousand rows may repeat one picture for next to no bytes, and would be unpacked together.
+    batches = file.iter_batches(1, row_groups=groups, columns=[column])
+    for row, batch in enumerate(batches, start=int(ends[groups[0] - 1]) if groups[0] else 0):
+        if row >= first:
+            images = batch.column(0)
+            images = images.field("bytes") if pa.types.is_struct(images.type) else images
+            data = images.cast(pa.large_binary())[0].as_buffer()
+            if data is not None:
+                data = data.to_pybytes() if data.size <= MAX_PICTURE_BYTES else b""
+            yield data
+        if row + 1 == stop:
             return
-
-
-def _has_dictionary(file: pq.ParquetFile, group: int, column: str) -> bool:
-    chunks = [file.metadata.row_group(group).column(k) for k in range(file.metadata.num_columns)]
-    return any("DICTIONARY" in name for chunk in chunks if chunk.path_in_schema == column for name in chunk.encodings)
 
 
 _READERS = {"pictures": _read_pictures, "parquet": _read_parquet, "tar": _read_tars}

@@ -195,6 +195,20 @@ def test_latents_that_unpack_to_any_size_or_have_another_shape_are_not_read(tmp_
         latents.read_group(str(tmp_path), file, 0, [4, 4, 4], flip=False)
 
 
+def test_latents_are_not_unpacked_whatever_their_index_says_of_them(tmp_path, monkeypatch):
+    """An index that keeps silent about a dictionary passes for that of rows as they are."""
+    monkeypatch.setattr("mdt_ray.tables.refuse_packed", lambda metadata: None)
+    pq.write_table(pa.table({"label": [0] * 3000, "moments": pa.DictionaryArray.from_arrays(
+        np.zeros(3000, np.int32), [bytes(2**20)])}), tmp_path / "chunk-00000.parquet",
+                   compression="none", dictionary_pagesize_limit=2**24)
+    data = (tmp_path / "chunk-00000.parquet").read_bytes()
+    file = latents.LatentFile(name="chunk-00000.parquet", num_rows=3000, num_bytes=len(data), sha256=storage.sha256(data),
+                              rows_per_group=3000, validation_rows=[])
+    with pytest.raises(ValueError, match=r"unpacks to more than it holds: not read; run the same `mdt-ray precompute`"):
+        latents.read_group(str(tmp_path), file, 0, [4, 4, 4], flip=False)
+    assert pa.default_memory_pool().max_memory() < 2**31
+
+
 def test_missing_mirror_images_are_an_error(folder, tmp_path):
     file = latents.open_manifest(str(folder)).files[0]
     with pytest.raises(ValueError, match="has no moments_flip"):

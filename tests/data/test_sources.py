@@ -442,7 +442,7 @@ def test_a_mounted_file_system_has_another_chance(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_texts_that_unpack_to_gigabytes_are_refused(tmp_path, compact):
-    """In a dictionary, which is unpacked once here, or one by one, of which the file's index tells the size."""
+    """In a dictionary, which is unpacked once here, or one by one, of which the pages tell the size."""
     rows = [(PICTURES[0], "x" * 2**20)] * 300
     path = write_parquet(tmp_path / "bomb.parquet", rows, row_group_size=300, compression="zstd", use_dictionary=compact,
                          dictionary_pagesize_limit=2**24)
