@@ -22,6 +22,10 @@ from mdt_ray.data.images import MAX_PIXELS
 PICTURES, LABELS = "arr_0", "arr_1"
 MAX_PICTURES = 10**7
 """In a file, whose labels are read whole: a kilobyte may say that it holds any number."""
+MAX_PACKED_BYTES = 2**30
+"""Of pictures that unpack to more than MAX_UNPACKED times their bytes in the file, as no photographs do: hundreds of them
+are in memory together."""
+MAX_UNPACKED = 100
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """Zip's first moment, of all members written: equal arrays give equal bytes."""
 
@@ -49,11 +53,17 @@ class NpzImages:
 def open_npz(uri: str) -> NpzImages:
     """Find the pictures of an .npz, reading headers only.
 
-    Raises ValueError for what is no .npz, lacks arr_0, or holds there anything but uint8 (N, H, W, 3) in C order, whole.
+    Raises ValueError for what is no .npz, lacks arr_0, or holds there anything but uint8 (N, H, W, 3) in C order, whole; for
+    what unpacks to more than pictures do.
     """
     with npz_files.open_archive(uri) as archive:
         header = npz_files.read_header(archive, PICTURES)
         _check_pictures(uri, header.shape, header.dtype)
+        info = archive.info(PICTURES)
+        most = max(MAX_PACKED_BYTES, MAX_UNPACKED * min(info.compress_size, archive.file.size()))
+        if info.file_size > most:
+            raise ValueError(f"{uri}: {PICTURES} unpacks from {info.compress_size} to {info.file_size} bytes, and pictures "
+                             f"to {MAX_UNPACKED} times their size at most; save it with np.savez if it is what you mean")
         count, height, width, _ = header.shape
         has_labels = LABELS in archive.keys
         if has_labels:

@@ -130,6 +130,17 @@ def test_pictures_too_large_for_memory_are_refused(tmp_path, monkeypatch):
         arrays.open_npz(saved(tmp_path / "x.npz", arr_0=pictures()))
 
 
+def test_pictures_that_unpack_to_more_than_any_do_are_refused(tmp_path, monkeypatch):
+    """A file of a hundred megabytes could hold a hundred gigabytes of black, of which readers would hold 500 pictures."""
+    black = np.zeros((9, 200, 200, 3), np.uint8)
+    packed, stored = saved(tmp_path / "packed.npz", np.savez_compressed, arr_0=black), saved(tmp_path / "x.npz", arr_0=black)
+    assert arrays.open_npz(packed).num_images == 9
+    monkeypatch.setattr(arrays, "MAX_PACKED_BYTES", 2**20)
+    with pytest.raises(ValueError, match=r"packed.npz: arr_0 unpacks from \d+ to 1080128 bytes, .*; save it with np.savez"):
+        arrays.open_npz(packed)
+    assert arrays.open_npz(stored).num_images == 9
+
+
 def test_what_is_no_npz_is_refused(tmp_path):
     np.save(tmp_path / "x.npy", pictures())
     (tmp_path / "empty").touch()
