@@ -15,18 +15,22 @@ from pathlib import Path
 from mdt_ray import processes
 
 
-def private_folder() -> Path:
+def private_folder(root: str | None = None) -> Path:
     """A folder for temporary files that nobody else on this machine may look into, made where it is missing.
 
-    Raises PermissionError where another user has taken its name.
+    Args:
+        root: where; None takes TMPDIR, else /tmp.
+    Raises PermissionError where its name is taken, maybe by another user.
     """
-    folder = Path(tempfile.gettempdir()) / f"mdt_ray-{os.getuid()}"
+    folder = Path(root or tempfile.gettempdir()) / f"mdt_ray-{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to another user, who could read and change what lies in it; have it "
-                              "deleted, or set TMPDIR to a folder of your own")
+        what = f"is a folder of user {found.st_uid}" if stat.S_ISDIR(found.st_mode) else "is none"
+        raise PermissionError(f"{folder}: must be a folder of user {os.getuid()}, who runs this, and {what}, so that others "
+                              "may change what lies in it; have it deleted, or set TMPDIR (for Ray's, RAY_TMPDIR) to a "
+                              "folder of yours")
     if found.st_mode & 0o077:
         folder.chmod(0o700)
     return folder

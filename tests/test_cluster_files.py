@@ -444,6 +444,8 @@ def test_the_launcher_file_is_what_ray_takes():
 # Slurm
 
 
+JOB = f"{10**6 + os.getpid()}"
+"""Slurm's number of the job: another for each run of the tests, for a folder in /tmp is named after it."""
 FAKES = {
     # A step runs what it is given, here.
     "srun": 'while [[ "$1" == -* ]]; do shift; done\necho "srun $*" >> "$LOG"\nexec "$@"',
@@ -457,7 +459,7 @@ FAKES = {
            'if [ "$1" = health-check ]; then exit "${UNHEALTHY:-0}"; fi\nexec sleep 60',
     "sleep": 'if [ "$1" = 2 ]; then exit 0; fi\nexec /bin/sleep "$@"',
     "driver": 'until [ "$(grep -c "^mode" "$LOG")" -ge 3 ]; do /bin/sleep 0.05; done  # the check, the head, the others\n'
-              'echo "driver $* at $RAY_ADDRESS" >> "$LOG"\nstat --format "folder %a" /tmp/ray-42 >> "$LOG"\n'
+              'echo "driver $* at $RAY_ADDRESS" >> "$LOG"\nstat --format "folder %a" "/tmp/ray-$SLURM_JOB_ID" >> "$LOG"\n'
               'trap \'echo "driver saved" >> "$LOG"; exit 143\' TERM\n'
               'echo ready >> "$LOG"\nif [ -n "${CODE:-}" ]; then exit "$CODE"; fi\nwhile :; do /bin/sleep 0.05; done',
 }
@@ -477,7 +479,7 @@ class Slurm:
             ["bash", str(CLUSTER / "slurm" / "run.sbatch"), "driver", "--latents", "a b"], cwd=folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={"PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "LOG": str(self.log),
-                 "SLURM_JOB_ID": "42", "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1",
+                 "SLURM_JOB_ID": JOB, "SLURM_JOB_NUM_NODES": "2", "SLURMD_NODENAME": "n1",
                  "SLURM_CPUS_PER_TASK": "16"} | env)
 
     def wait_for(self, line: str) -> None:
@@ -498,9 +500,9 @@ def test_slurm_starts_ray_with_a_token_and_hands_on_the_code(tmp_path):
     head, worker = [line for line in lines if line.startswith("srun ray start")]
     assert "--head" in head
     assert "--node-ip-address=192.0.2.7 --port=6379" in head
-    assert "--temp-dir=/tmp/ray-42/ray" in head
+    assert f"--temp-dir=/tmp/ray-{JOB}/ray" in head
     assert "folder 700" in lines
-    assert not Path("/tmp/ray-42").exists()
+    assert not Path(f"/tmp/ray-{JOB}").exists()
     assert "--dashboard-host=127.0.0.1" in head
     assert "--address=192.0.2.7:6379" in worker
     assert {line for line in lines if line.startswith("mode")} == {"mode token token 64"}
@@ -511,10 +513,10 @@ def test_slurm_starts_ray_with_a_token_and_hands_on_the_code(tmp_path):
 
 def test_slurm_does_not_start_ray_in_what_another_user_made(tmp_path):
     (tmp_path / "theirs").mkdir(mode=0o777)
-    Path("/tmp/ray-42").symlink_to(tmp_path / "theirs")
+    Path(f"/tmp/ray-{JOB}").symlink_to(tmp_path / "theirs")
     code, lines = Slurm(tmp_path, CODE="0").end()
     assert code == 1
-    assert "/tmp/ray-42 belongs to another user, who could change what Ray runs: have it deleted" in lines
+    assert f"/tmp/ray-{JOB} belongs to another user, who could change what Ray runs: have it deleted" in lines
     assert not any("ray start" in line for line in lines)
 
 
@@ -525,7 +527,7 @@ def test_slurm_puts_a_job_that_is_out_of_time_into_the_queue_again(tmp_path):
     code, lines = job.end()
     assert code == 143
     assert lines.count("driver saved") == 1
-    assert "scontrol requeue 42" in lines
+    assert f"scontrol requeue {JOB}" in lines
 
 
 def test_slurm_puts_a_job_that_lost_a_node_of_ray_into_the_queue_again(tmp_path):
@@ -534,9 +536,9 @@ def test_slurm_puts_a_job_that_lost_a_node_of_ray_into_the_queue_again(tmp_path)
     next(p for p in psutil.Process(job.process.pid).children() if p.name() == "sleep").kill()
     code, lines = job.end()
     assert code == 143
-    assert any(line.startswith("a node of Ray has ended (mdt-ray-42-ray.log says why)") for line in lines)
+    assert any(line.startswith(f"a node of Ray has ended (mdt-ray-{JOB}-ray.log says why)") for line in lines)
     assert lines.count("driver saved") == 1
-    assert "scontrol requeue 42" in lines
+    assert f"scontrol requeue {JOB}" in lines
 
 
 def test_slurm_does_not_do_so_for_ever(tmp_path):
@@ -561,7 +563,7 @@ def test_slurm_lets_a_job_that_was_told_to_stop_end(tmp_path):
 def test_slurm_says_where_the_head_does_not_answer(tmp_path):
     code, lines = Slurm(tmp_path, UNHEALTHY="1").end()
     assert code == 1
-    assert "Ray's head does not answer at 192.0.2.7:6379; mdt-ray-42-ray.log says why" in lines
+    assert f"Ray's head does not answer at 192.0.2.7:6379; mdt-ray-{JOB}-ray.log says why" in lines
     assert not any(line.startswith("driver") for line in lines)
 
 

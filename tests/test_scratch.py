@@ -43,6 +43,6 @@ def test_a_name_that_another_user_took_is_not_used(shared, kind):
     else:
         name.mkdir(mode=0o777)
         os.chown(name, 12345, 12345)
-    with pytest.raises(PermissionError, match=r"belongs to another user, .*; have it deleted, or set TMPDIR"):
+    with pytest.raises(PermissionError, match=r"must be a folder of user \d+, .* and is (none|a folder of user 12345), "):
         scratch.new_path()
     assert os.listdir(theirs) == []

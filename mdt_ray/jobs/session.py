@@ -24,6 +24,9 @@ DASHBOARD = "RAY_API_SERVER_ADDRESS"
 WAITING_CPUS = 2
 """Logical CPUs of a local session beyond the machine's, for processes that mostly wait (drivers, readers)."""
 
+LONGEST_FOLDER = 31
+"""Characters of Ray's folder: its sockets' paths, up to 76 longer, have 107 at most."""
+
 QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a worker's print would appear twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s delays every start and restart
@@ -55,8 +58,7 @@ def start(dashboard: bool = False) -> None:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
         keep_token()
-        # Ray's own, /tmp/ray, is anybody's to write to, code that workers run in it.
-        folder = os.path.join(os.environ.get("RAY_TMPDIR") or scratch.private_folder(), "ray")
+        folder = ray_folder()
         try:
             ray.init(address="local", num_cpus=(os.cpu_count() or 1) + WAITING_CPUS, include_dashboard=dashboard,
                      object_store_memory=512 * 1024**2, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=folder)
@@ -70,6 +72,15 @@ def start(dashboard: bool = False) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.WARNING)
+
+
+def ray_folder() -> str:
+    """Where a local Ray keeps sockets, logs, and code that workers run: below RAY_TMPDIR, else where only this user may
+    write. (Ray makes its own, /tmp/ray, for all to write to.)"""
+    if given := os.environ.get("RAY_TMPDIR"):
+        return os.path.join(os.path.abspath(given), "ray")
+    folder = os.path.join(scratch.private_folder(), "ray")
+    return folder if len(folder) <= LONGEST_FOLDER else os.path.join(scratch.private_folder("/tmp"), "ray")
 
 
 def keep_token() -> None:

@@ -143,8 +143,9 @@ def _start(client: JobSubmissionClient, name: str, entrypoint: str, environment:
                 raise
             if time.monotonic() > end:
                 raise RuntimeError(f"the cluster's head has no agent, which starts jobs, after {PATIENCE_SECONDS:.0f} s; "
-                                   "look for dashboard_agent.log in /tmp/ray/session_latest/logs there; a port that another "
-                                   "Ray on that machine has (--dashboard-agent-listen-port) is one cause") from error
+                                   "look for dashboard_agent.log in session_latest/logs of Ray's folder there (/tmp/ray, if "
+                                   "--temp-dir names no other); a port that another Ray on that machine has "
+                                   "(--dashboard-agent-listen-port) is one cause") from error
             if not told:
                 logger.info("waiting for the agent of the cluster's head, which starts jobs")
                 told = True

@@ -30,6 +30,18 @@ def test_what_a_local_ray_runs_nobody_else_can_write(ray_session):
     assert socket.is_relative_to(scratch.private_folder() / "ray")
 
 
+def test_rays_folder_is_short_enough_for_its_sockets(tmp_path, monkeypatch):
+    """Batch systems give each job a long one for temporary files."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    long = tmp_path / "alice.12345678.0" / "temporary-files-of-the-job"
+    long.mkdir(parents=True)
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    assert session.ray_folder() == f"/tmp/mdt_ray-{os.getuid()}/ray"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_TMPDIR", "mine")
+    assert session.ray_folder() == f"{tmp_path}/mine/ray"
+
+
 @pytest.mark.parametrize("held", [None, "theirs"])
 def test_the_token_is_its_users_alone(tmp_path, monkeypatch, held):
     """Ray makes it for all to read."""
