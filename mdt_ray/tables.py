@@ -4,7 +4,8 @@ kilobyte may unpack to gigabytes.
 Not a reader of pictures, nor of latents.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -18,10 +19,11 @@ MAX_TEXT_BYTES = 4096
 """Of a label or a path."""
 NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
 BATCH_BYTES = 2**26
-"""Unpacked at once, at most, where each row is as long as all that the file has for the column."""
+"""Unpacked at once, at most, however a file's pages are made: one row may be more."""
 MAX_UNPACKED = 1000
 """Bytes of a table for each of its file, at most."""
-PACKED = f"unpacks to more than {MAX_UNPACKED} times its size: not read"
+OLD_WRITERS = re.compile(r"parquet-mr version (0|1\.[01]\.|1\.2\.[0-8]\b)")
+"""Of 2013. What readers do about them (PARQUET-816) would let pages hide."""
 PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}
 """Encodings of values as they are; the latter two tell which of them are missing."""
 
@@ -49,17 +51,15 @@ def read(uri: str) -> pa.Table:
 
 def read_groups(file: pq.ParquetFile, handle: pa.NativeFile, groups: Iterable[int]) -> pa.Table:
     """Row groups of a file that is open at a handle. Raises Refused where they unpack to more than MAX_UNPACKED times its
-    size, and ValueError where their pages are damaged."""
+    size, and ValueError for columns that no table of ours has, and damaged pages."""
+    for field in file.schema_arrow:
+        _require_flat(field.name, field.type)
     most, batches = BATCH_BYTES + MAX_UNPACKED * handle.size(), []
     for k in groups:
-        group = file.metadata.row_group(k)
-        size = _largest(handle, [group.column(i) for i in range(group.num_columns)])
-        if size > most:
-            raise Refused(PACKED)
-        for batch in file.iter_batches(max(BATCH_BYTES // size, 1), row_groups=[k]):
+        for batch in _batches(file, handle, k, file.schema_arrow.names):
             most -= batch.nbytes
             if most < 0:
-                raise Refused(PACKED)
+                raise Refused(f"unpacks to more than {MAX_UNPACKED} times its size: not read")
             batches.append(batch)
     return pa.Table.from_batches(batches, file.schema_arrow)
 
@@ -91,6 +91,8 @@ def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
     count, counts = file.metadata.num_rows, [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
     if count > 4 * handle.size():
         raise Refused(f"has {count} rows in {handle.size()} bytes: not read")
+    if OLD_WRITERS.match(file.metadata.created_by or ""):
+        raise Refused(f"was written by {file.metadata.created_by}, whose indices are wrong: not read; write it again")
     if min(counts, default=0) < 0 or sum(counts) != count:
         raise ValueError(f"has {count} rows by its index, and {sum(counts)} in its parts: damaged")
     return file
@@ -120,17 +122,11 @@ def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) ->
     places = {path: [path] if path in schema.names else path.split(".") for path in paths}
     for path, (first, *rest) in places.items():
         kind = schema.field(first).type.field(*rest).type if rest else schema.field(first).type
-        if not (_is_text(kind) or any(is_kind(kind) for is_kind in NUMBERS)):
-            raise ValueError(f"column {path} is of type {kind}; it must be of numbers or of texts")
+        _require_flat(path, kind)
     found: dict[str, list[Any]] = {path: [] for path in paths}
     same: dict[str, str] = {}
     for k in range(file.num_row_groups):
-        group = file.metadata.row_group(k)
-        chunks = [group.column(i) for i in range(group.num_columns)]
-        size = _largest(handle, [chunk for chunk in chunks if chunk.path_in_schema in paths])
-        if size > group.num_rows * MAX_TEXT_BYTES + BATCH_BYTES:
-            raise ValueError(f"{' or '.join(paths)} has texts of more than {MAX_TEXT_BYTES} bytes")
-        for batch in file.iter_batches(max(BATCH_BYTES // size, 1), row_groups=[k], columns=list(paths)):
+        for batch in _batches(file, handle, k, paths):
             for path, (first, *rest) in places.items():
                 column = pc.struct_field(batch[first], rest) if rest else batch[first]
                 if _is_text(column.type) and (pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT_BYTES:
@@ -140,9 +136,33 @@ def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) ->
     return found
 
 
-def _largest(handle: pa.NativeFile, chunks: Iterable[pq.ColumnChunkMetaData]) -> int:
-    """Bytes of the one that unpacks to most; at least one."""
-    return max([1, *(parquet_pages.unpacked_bytes(handle, chunk) for chunk in chunks)])
+def _require_flat(path: str, kind: pa.DataType) -> None:
+    """Raise ValueError for a column whose rows may take memory that the file has no bytes for."""
+    if not (_is_text(kind) or any(is_kind(kind) for is_kind in NUMBERS)):
+        raise ValueError(f"column {path} is of type {kind}; it must be of numbers or of texts")
+
+
+def _batches(file: pq.ParquetFile, handle: pa.NativeFile, k: int, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Flat columns of a row group, of which some BATCH_BYTES are unpacked at once, or one row. Raises ValueError for texts
+    that are too long, before they are, where that is plain from their pages."""
+    group = file.metadata.row_group(k)
+    chunks = [group.column(i) for i in range(group.num_columns) if file.schema.column(i).path in paths]
+    most, rows = group.num_rows * MAX_TEXT_BYTES + BATCH_BYTES, max(group.num_rows, 1)
+    texts = f"{' or '.join(paths)} has texts of more than {MAX_TEXT_BYTES} bytes"
+    if len(chunks) != len(set(paths)):
+        raise ValueError(f"its index names {len(chunks)} of the columns {', '.join(paths)} once: damaged")
+    if any(chunk.total_compressed_size > most for chunk in chunks):
+        raise ValueError(texts)
+    bounds = [parquet_pages.LARGEST.get(chunk.compression, most) * max(chunk.total_compressed_size, 0) for chunk in chunks]
+    if sum(bounds) * rows > BATCH_BYTES:
+        pages = [parquet_pages.read_pages(handle, chunk) for chunk in chunks]
+        if max(page.plain for page in pages) > most:
+            raise ValueError(texts)
+        unit = sum(page.dictionary for page in pages)  # each row may be a value of it
+        if sum(page.plain for page in pages) > BATCH_BYTES:
+            unit += sum(page.largest for page in pages)
+        rows = max(BATCH_BYTES // unit, 1) if unit else rows
+    yield from file.iter_batches(rows, row_groups=[k], columns=list(paths))
 
 
 def _is_text(kind: pa.DataType) -> bool:

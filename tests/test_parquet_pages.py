@@ -1,11 +1,15 @@
 """What Parquet's pages unpack to, against pyarrow's own index of files that it wrote, and files whose index lies."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mdt_ray import parquet_pages, tables
+from tests.conftest import ROOT
 
 TEXTS = [f"n{i % 7:08d}" * (i % 50) for i in range(5000)]
 TABLE = pa.table({"text": TEXTS, "number": np.arange(5000), "share": np.arange(5000) / 7,
@@ -23,9 +27,14 @@ def test_the_pages_add_up_to_what_a_true_index_says(tmp_path, version, compressi
         metadata = pq.ParquetFile(handle).metadata
         for k in range(metadata.num_row_groups):
             for chunk in (metadata.row_group(k).column(i) for i in range(metadata.num_columns)):
+                found = parquet_pages.read_pages(handle, chunk)
+                total = found.dictionary + found.plain
                 # (The index counts headers too, of a few bytes to some hundred with the statistics in them.)
-                found = parquet_pages.unpacked_bytes(handle, chunk)
-                assert 0.5 * chunk.total_uncompressed_size - 100 < found <= chunk.total_uncompressed_size
+                assert 0.5 * chunk.total_uncompressed_size - 100 < total <= chunk.total_uncompressed_size
+                assert (found.dictionary > 0) == (compact and chunk.path_in_schema != "none")
+                assert 0 < found.largest <= found.plain
+                if chunk.compression in parquet_pages.LARGEST:
+                    assert total <= parquet_pages.LARGEST[chunk.compression] * chunk.total_compressed_size
 
 
 def zigzag(value: int, length: int = 0) -> bytes:
@@ -39,37 +48,90 @@ def zigzag(value: int, length: int = 0) -> bytes:
 
 def lie(path, field: bytes, true: int, told: int, last: bool = False) -> None:
     """Change a number of a file's index: the one after the field's first byte."""
+    change(path, field + zigzag(true), field + zigzag(told, len(zigzag(true))), last)
+
+
+def change(path, old: bytes, new: bytes, last: bool = False) -> None:
+    """Bytes of a file's index."""
     data = path.read_bytes()
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
-    old = field + zigzag(true)
     at = data.rindex(old, start) if last else data.index(old, start)
-    path.write_bytes(data[:at] + field + zigzag(told, len(old) - 1) + data[at + len(old):])
+    assert len(old) == len(new)
+    path.write_bytes(data[:at] + new + data[at + len(old):])
 
 
-TOTAL_UNCOMPRESSED, NUM_ROWS = b"\x16", b"\x16"  # both are i64, and come next after the field before
+NUMBER = b"\x16"
+"""A field of type i64, which comes next after the one before: total_uncompressed_size, num_rows."""
 
 
-@pytest.mark.parametrize("told", [0, 1])
+def peak_of(call: str, path) -> tuple[str, float]:
+    """What `tables.<call>` raises in a process of its own, and the MiB that pyarrow took at most."""
+    code = (f"import sys\nimport pyarrow as pa\nfrom mdt_ray import tables\n"
+            f"try:\n    tables.{call}(sys.argv[1])\nexcept ValueError as error:\n    print(error)\n"
+            "print(pa.default_memory_pool().max_memory())")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    *error, peak = done.stdout.splitlines()
+    return " ".join(error), int(peak) / 2**20
+
+
+def bomb(path, compact: bool, columns: int = 1):
+    """A file of some kilobytes that unpacks to 300 MiB for each column."""
+    pq.write_table(pa.table({f"label{k}": ["x" * 2**20] * 300 for k in range(columns)}), path, compression="zstd",
+                   use_dictionary=compact, dictionary_pagesize_limit=2**24)
+    assert path.stat().st_size < 2**17
+    return path
+
+
+@pytest.mark.parametrize("call", ["read", "read_values"])
+@pytest.mark.parametrize("told", [0, 1, None])
 @pytest.mark.parametrize("compact", [True, False])
-def test_an_index_that_makes_a_table_small_is_not_believed(tmp_path, told, compact):
-    path = tmp_path / "bomb.parquet"
-    pq.write_table(pa.table({"label": ["x" * 2**20] * 300}), path, compression="zstd", use_dictionary=compact,
-                   dictionary_pagesize_limit=2**24)
+def test_an_index_that_makes_a_table_small_is_not_believed(tmp_path, told, compact, call):
+    path = bomb(tmp_path / "bomb.parquet", compact)
     true = pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size
-    lie(path, TOTAL_UNCOMPRESSED, true, told)
-    assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == told
-    before = pa.default_memory_pool().max_memory()
-    with pytest.raises(ValueError, match=r"label has texts of more than 4096 bytes"):
-        tables.read_values(str(path))
-    with pytest.raises(tables.Refused, match=r"unpacks to more than 1000 times its size: not read"):
-        tables.read(str(path))
-    assert pa.default_memory_pool().max_memory() - before < 2**27
+    if told is None:  # nor one that names another column
+        change(path, b"\x06label0", b"\x06labeX0", last=True)
+        assert pq.read_metadata(path).row_group(0).column(0).path_in_schema == "labeX0"
+    else:
+        lie(path, NUMBER, true, told)
+        assert pq.read_metadata(path).row_group(0).column(0).total_uncompressed_size == told
+    error, peak = peak_of(call, path)
+    assert "texts of more than 4096 bytes" in error or "unpacks to more than 1000 times its size: not read" in error
+    assert peak < 200
+
+
+@pytest.mark.parametrize("call", ["read", "read_values"])
+def test_columns_share_what_is_unpacked_at_once(tmp_path, call):
+    error, peak = peak_of(call, bomb(tmp_path / "bomb.parquet", True, columns=8))
+    assert "texts of more than 4096 bytes" in error or "unpacks to more than 1000 times its size: not read" in error
+    assert peak < 200
+
+
+@pytest.mark.parametrize("column", [pa.nulls(200, pa.binary(2**20)), pa.nulls(200, pa.list_(pa.int64()))])
+def test_columns_that_take_memory_without_bytes_are_refused(tmp_path, column):
+    pq.write_table(pa.table({"a": column}), tmp_path / "x.parquet")
+    for read in (tables.read, tables.read_values):
+        with pytest.raises(ValueError, match=r"x.parquet: column a is of type .*; it must be of numbers or of texts"):
+            read(str(tmp_path / "x.parquet"))
+
+
+def test_an_ordinary_column_is_not_read_row_by_row(tmp_path, monkeypatch):
+    """A million rows make one row group, of more bytes than are unpacked at once."""
+    monkeypatch.setattr(tables, "BATCH_BYTES", 2**20)
+    names = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(100_000)]
+    table = pa.table({"file": names, "label": np.arange(100_000) % 1000})
+    pq.write_table(table, tmp_path / "x.parquet", data_page_size=2**14, dictionary_pagesize_limit=2**14)
+    sizes, read = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches",
+                        lambda file, rows, **options: sizes.append(rows) or read(file, rows, **options))
+    assert tables.read(str(tmp_path / "x.parquet")) == table
+    assert len(sizes) == 1
+    assert sizes[0] > 10
 
 
 def test_parts_of_more_rows_than_the_file_are_damage(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"a": range(100)}), path)
-    lie(path, NUM_ROWS, 100, 90, last=True)
+    lie(path, NUMBER, 100, 90, last=True)
     metadata = pq.read_metadata(path)
     assert (metadata.num_rows, metadata.row_group(0).num_rows) == (100, 90)
     for read in (tables.read, tables.read_values):
@@ -77,18 +139,51 @@ def test_parts_of_more_rows_than_the_file_are_damage(tmp_path):
             read(str(path))
 
 
-def test_what_are_no_pages_is_damage(tmp_path):
+def test_files_of_writers_whose_pages_may_hide_are_refused(tmp_path):
+    pq.write_table(pa.table({"a": range(100)}), tmp_path / "x.parquet")
+    change(tmp_path / "x.parquet", b"parquet-cpp-arrow version", b"parquet-mr version 1.2.8 ")
+    with pytest.raises(tables.Refused, match=r"x.parquet: was written by parquet-mr version 1.2.8 .*; write it again"):
+        tables.read(str(tmp_path / "x.parquet"))
+
+
+HEADER = b"\x15\x00\x15\x80\x01\x15\x10\x2c\x15\xc8\x01\x15\x00\x15\x06\x15\x06\x00\x00"
+"""A page of 64 bytes in eight, as pyarrow writes it: kind, sizes, and a struct with the number of its rows."""
+
+
+@pytest.mark.parametrize("pages", [
+    HEADER + bytes(7),  # ends early
+    HEADER + bytes(9),  # something follows
+    HEADER.replace(b"\x15\x80\x01", b"\x16\x80\x01", 1) + bytes(8),  # a size of another type, which readers skip
+    HEADER.replace(b"\x15\x80\x01", b"\x05\x04\x80\x01", 1) + bytes(8),  # a field's number in full, maybe once more
+    HEADER.replace(b"\x15\x10", b"\x15\x90\x80\x80\x80\x10", 1) + bytes(8),  # 2^31 more, which wraps around
+    HEADER.replace(b"\x15\x10", b"\x15\x0f", 1) + bytes(8),  # negative
+    HEADER.replace(b"\x15\x10", b"", 1) + bytes(8),  # missing
+    HEADER.replace(b"\x2c", b"\x29", 1) + bytes(8),  # a list
+    HEADER[:8] + b"\x1c" * 20 + bytes(20), HEADER[:8] + b"\x28" + b"\xff" * 12, b"\xff" * 30, bytes(30)])
+def test_headers_that_readers_may_take_for_others_are_damage(tmp_path, pages):
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"a": TEXTS}), path, compression="zstd", use_dictionary=False)
+    pq.write_table(pa.table({"a": TEXTS}), path, compression="zstd", use_dictionary=False, column_encoding={"a": "PLAIN"})
     chunk = pq.read_metadata(path).row_group(0).column(0)
-    whole = path.read_bytes()
-    for start in range(0, 400, 13):  # a header of about that many bytes is first
-        for noise in (b"\xff" * 24, bytes(24), b"\x1c" * 24, b"\x19\xf8" * 12, b"\x08" * 24):
-            data = bytearray(whole)
-            data[chunk.data_page_offset + start:chunk.data_page_offset + start + len(noise)] = noise
-            try:
-                parquet_pages.unpacked_bytes(pa.BufferReader(bytes(data)), chunk)
-            except ValueError as error:
-                assert "column a has no readable pages: damaged" in str(error)  # noqa: PT017
+
+    def read(pages: bytes) -> parquet_pages.Pages:
+        fake = bytes(chunk.data_page_offset) + pages
+        path.write_bytes(fake)
+
+        class Chunk:
+            path_in_schema, data_page_offset, dictionary_page_offset = "a", chunk.data_page_offset, None
+            total_compressed_size = len(pages)
+
+        with pa.OSFile(str(path)) as handle:
+            return parquet_pages.read_pages(handle, Chunk())
+
+    assert read(2 * (HEADER + bytes(8))) == parquet_pages.Pages(dictionary=0, plain=128, largest=64)
+    with pytest.raises(ValueError, match="column a has no readable pages: damaged"):
+        read(pages)
+
+
+def test_pages_outside_of_the_file_are_damage(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"a": TEXTS}), path)
+    chunk = pq.read_metadata(path).row_group(0).column(0)
     with pytest.raises(ValueError, match=r"column a has \d+ bytes in a file of 100: damaged"):
-        parquet_pages.unpacked_bytes(pa.BufferReader(whole[:100]), chunk)
+        parquet_pages.read_pages(pa.BufferReader(path.read_bytes()[:100]), chunk)

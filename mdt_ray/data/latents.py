@@ -26,7 +26,8 @@ REJECTED = "rejected.parquet"
 FILE_NAME = re.compile(r"chunk-\d{5,}\.parquet")
 ROW_OVERHEAD = 60
 """Bytes of a row beside its moments: id, label, split, and their share of the file's index."""
-BATCH_BYTES = 2**30
+COLUMN_TYPES = (pa.int64(), pa.int32(), pa.string(), pa.binary())
+BATCH_BYTES = 2**32
 """Unpacked at once, at most, where each row is as long as all that the file has for the column."""
 SLACK_BYTES = 2**20
 """Of a row group in memory beyond its file: lengths of rows, room at a buffer's end."""
@@ -273,6 +274,9 @@ def _metadata(uri: str, sha256: str) -> pq.FileMetaData:
 def open_handle(handle: pa.NativeFile) -> pq.ParquetFile:
     """An open file of latents. Raises Refused as `tables.open_handle`, and for one that does not hold them as they are."""
     file = tables.open_handle(handle)
+    for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types, strict=True):
+        if kind not in COLUMN_TYPES:  # rows of some take memory that the file has no bytes for
+            raise tables.Refused(f"its column {name} is of type {kind}: not read")
     tables.refuse_packed(file.metadata)
     return file
 
