@@ -12,12 +12,18 @@ import pyarrow.parquet as pq
 
 FLAGS, BYTE, INTEGERS, INT32, DOUBLE, BINARY, STRUCT = {1, 2}, 3, {4, 5, 6}, 5, 7, 8, 12
 """Types of Thrift's compact protocol. (Pages have no lists.)"""
+LAST = 64
+"""Number that no field reaches."""
 DEEPEST = 8
 """Structs in each other, at most: a page's statistics are in the third."""
 KIND, UNPACKED, PACKED, CHECKSUM = 1, 2, 3, 4
 """Fields of a PageHeader, of which the first three are in all; structs come after them. Bytes are without the header."""
+ENCODING = {5: 2, 8: 4}
+"""Where the encoding of values is, in the two forms of data: the header's field of a struct, and the field in that."""
 DICTIONARY = 2
 """Kind of the page whose values those of others name."""
+PREFIXES = 7
+"""Encoding of texts that begin as the one before (DELTA_BYTE_ARRAY)."""
 LARGEST = {"UNCOMPRESSED": 1, "SNAPPY": 22, "LZ4": 256, "GZIP": 1033}
 """Bytes that one of a compression's may unpack to. (Of the others it is too many to be of use.)"""
 
@@ -26,10 +32,10 @@ LARGEST = {"UNCOMPRESSED": 1, "SNAPPY": 22, "LZ4": 256, "GZIP": 1033}
 class Pages:
     """Bytes of a row group's column, unpacked."""
 
-    dictionary: int
-    """Of values that rows repeat."""
+    repeated: int
+    """Of pages whose values rows may repeat, each of them."""
     plain: int
-    """Of all other pages: rows as they are."""
+    """Of pages with rows."""
     largest: int
     """Of these pages; no row has more."""
 
@@ -41,64 +47,77 @@ def read_pages(handle: pa.NativeFile, chunk: pq.ColumnChunkMetaData) -> Pages:
         start = chunk.dictionary_page_offset
     if length < 0 or start < 0 or start + length > handle.size():
         raise ValueError(f"column {chunk.path_in_schema} has {length} bytes in a file of {handle.size()}: damaged")
-    data, at = handle.read_at(length, start), 0
-    sizes: dict[bool, list[int]] = {True: [0], False: [0]}
+    data, at, repeated, plain = handle.read_at(length, start), 0, 0, [0]
     try:
         while at < length:
-            fields, at = _header(data, at)
-            sizes[fields[KIND] == DICTIONARY].append(fields[UNPACKED])
+            fields, encoding, at = _header(data, at)
+            if fields[KIND] == DICTIONARY or encoding == PREFIXES:
+                repeated += fields[UNPACKED]
+            if fields[KIND] != DICTIONARY:
+                plain.append(fields[UNPACKED])
             at += fields[PACKED]
         if at > length:
             raise ValueError
     except (ValueError, LookupError) as error:
         raise ValueError(f"column {chunk.path_in_schema} has no readable pages: damaged") from error
-    return Pages(sum(sizes[True]), sum(sizes[False]), max(sizes[False]))
+    return Pages(repeated, sum(plain), max(plain))
 
 
-def _header(data: bytes, at: int) -> tuple[dict[int, int], int]:
-    """Whole numbers of a page's header by the number of their field, and where it ends."""
-    found, field = {}, 0
+def _header(data: bytes, at: int) -> tuple[dict[int, int], int | None, int]:
+    """Whole numbers of a page's header by the number of their field, the encoding of its data, and where it ends."""
+    found, encoding, field = {}, None, 0
     while data[at]:
         field, kind, at = _field(data, field, at)
         if field > CHECKSUM:
-            at = _skip(data, kind, at, 1)
+            if kind != STRUCT:
+                raise ValueError
+            numbers, at = _struct(data, at, 1)
+            encoding = numbers.get(ENCODING.get(field), encoding)
         elif kind != INT32:
             raise ValueError
         else:
-            value, at = _varint(data, at)
-            found[field] = (value >> 1) ^ -(value & 1)
-            if field != CHECKSUM and not 0 <= found[field] < 2**31:
+            found[field], at = _number(data, kind, at)
+            if field != CHECKSUM and found[field] < 0:
                 raise ValueError
+    return found, encoding, at + 1
+
+
+def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, int], int]:
+    """Whole numbers of a struct by the number of their field, and where it ends."""
+    if depth == DEEPEST:
+        raise ValueError
+    found, field = {}, 0
+    while data[at]:
+        field, kind, at = _field(data, field, at)
+        if kind in INTEGERS:
+            found[field], at = _number(data, kind, at)
+        elif kind == BINARY:
+            length, at = _varint(data, at)
+            if length >= 2**31:
+                raise ValueError
+            at += length
+        elif kind == STRUCT:
+            _, at = _struct(data, at, depth + 1)
+        elif kind in (BYTE, DOUBLE):
+            at += 1 if kind == BYTE else 8
+        elif kind not in FLAGS:
+            raise ValueError
     return found, at + 1
 
 
 def _field(data: bytes, before: int, at: int) -> tuple[int, int, int]:
     """Number and type of the field that begins, and where its value does."""
     step, kind = divmod(data[at], 16)
-    if not step:  # a number in full, as no field here needs
+    if not step or before + step > LAST:  # a number in full, which no field here needs, or one that wraps around
         raise ValueError
     return before + step, kind, at + 1
 
 
-def _skip(data: bytes, kind: int, at: int, depth: int) -> int:
-    if kind in FLAGS:
-        return at
-    if kind in INTEGERS:
-        return _varint(data, at)[1]
-    if kind == BINARY:
-        length, at = _varint(data, at)
-        if length >= 2**31:
-            raise ValueError
-        return at + length
-    if kind in (BYTE, DOUBLE):
-        return at + (1 if kind == BYTE else 8)
-    if kind != STRUCT or depth == DEEPEST:
+def _number(data: bytes, kind: int, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    if kind == INT32 and value >= 2**32:  # readers take what fits
         raise ValueError
-    field = 0
-    while data[at]:
-        field, kind, at = _field(data, field, at)
-        at = _skip(data, kind, at, depth + 1)
-    return at + 1
+    return (value >> 1) ^ -(value & 1), at
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def _batches(file: pq.ParquetFile, handle: pa.NativeFile, k: int, paths: Sequenc
         pages = [parquet_pages.read_pages(handle, chunk) for chunk in chunks]
         if max(page.plain for page in pages) > most:
             raise ValueError(texts)
-        unit = sum(page.dictionary for page in pages)  # each row may be a value of it
+        unit = sum(page.repeated for page in pages)
         if sum(page.plain for page in pages) > BATCH_BYTES:
             unit += sum(page.largest for page in pages)
         rows = max(BATCH_BYTES // unit, 1) if unit else rows

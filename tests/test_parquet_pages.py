@@ -28,10 +28,10 @@ def test_the_pages_add_up_to_what_a_true_index_says(tmp_path, version, compressi
         for k in range(metadata.num_row_groups):
             for chunk in (metadata.row_group(k).column(i) for i in range(metadata.num_columns)):
                 found = parquet_pages.read_pages(handle, chunk)
-                total = found.dictionary + found.plain
+                total = found.repeated + found.plain
                 # (The index counts headers too, of a few bytes to some hundred with the statistics in them.)
                 assert 0.5 * chunk.total_uncompressed_size - 100 < total <= chunk.total_uncompressed_size
-                assert (found.dictionary > 0) == (compact and chunk.path_in_schema != "none")
+                assert (found.repeated > 0) == (compact and chunk.path_in_schema != "none")
                 assert 0 < found.largest <= found.plain
                 if chunk.compression in parquet_pages.LARGEST:
                     assert total <= parquet_pages.LARGEST[chunk.compression] * chunk.total_compressed_size
@@ -100,6 +100,19 @@ def test_an_index_that_makes_a_table_small_is_not_believed(tmp_path, told, compa
 
 
 @pytest.mark.parametrize("call", ["read", "read_values"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_texts_that_begin_as_the_one_before_are_bounded(tmp_path, version, call):
+    """Three hundred of a megabyte take a megabyte and some."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"label": ["x" * 2**20 + f"{i}" for i in range(300)]}), path, compression="zstd",
+                   use_dictionary=False, column_encoding={"label": "DELTA_BYTE_ARRAY"}, data_page_version=version)
+    assert path.stat().st_size < 2**17
+    error, peak = peak_of(call, path)
+    assert "texts of more than 4096 bytes" in error or "unpacks to more than 1000 times its size: not read" in error
+    assert peak < 200
+
+
+@pytest.mark.parametrize("call", ["read", "read_values"])
 def test_columns_share_what_is_unpacked_at_once(tmp_path, call):
     error, peak = peak_of(call, bomb(tmp_path / "bomb.parquet", True, columns=8))
     assert "texts of more than 4096 bytes" in error or "unpacks to more than 1000 times its size: not read" in error
@@ -156,6 +169,7 @@ HEADER = b"\x15\x00\x15\x80\x01\x15\x10\x2c\x15\xc8\x01\x15\x00\x15\x06\x15\x06\
     HEADER.replace(b"\x15\x80\x01", b"\x16\x80\x01", 1) + bytes(8),  # a size of another type, which readers skip
     HEADER.replace(b"\x15\x80\x01", b"\x05\x04\x80\x01", 1) + bytes(8),  # a field's number in full, maybe once more
     HEADER.replace(b"\x15\x10", b"\x15\x90\x80\x80\x80\x10", 1) + bytes(8),  # 2^31 more, which wraps around
+    HEADER.replace(b"\x15\x00\x15\x06", b"\x15\x8e\x80\x80\x80\x10\x15\x06", 1) + bytes(8),  # an encoding likewise
     HEADER.replace(b"\x15\x10", b"\x15\x0f", 1) + bytes(8),  # negative
     HEADER.replace(b"\x15\x10", b"", 1) + bytes(8),  # missing
     HEADER.replace(b"\x2c", b"\x29", 1) + bytes(8),  # a list
@@ -176,7 +190,7 @@ def test_headers_that_readers_may_take_for_others_are_damage(tmp_path, pages):
         with pa.OSFile(str(path)) as handle:
             return parquet_pages.read_pages(handle, Chunk())
 
-    assert read(2 * (HEADER + bytes(8))) == parquet_pages.Pages(dictionary=0, plain=128, largest=64)
+    assert read(2 * (HEADER + bytes(8))) == parquet_pages.Pages(repeated=0, plain=128, largest=64)
     with pytest.raises(ValueError, match="column a has no readable pages: damaged"):
         read(pages)
 
