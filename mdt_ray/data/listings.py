@@ -224,8 +224,11 @@ def _parquet_class_names(source: Source) -> list[str] | None:
     """Names of the classes where the files carry Hugging Face's description of them."""
     with _open_parquet(source.folder, source.files["name"][0].as_py()) as (file, _):
         metadata = file.schema_arrow.metadata or {}
-    description = json.loads(metadata.get(b"huggingface", b"{}"))
-    return description.get("info", {}).get("features", {}).get("label", {}).get("names")
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def write_parts(uri: str, listing: Listing, parts: Sequence[np.ndarray]) -> None:

@@ -141,6 +141,15 @@ def test_names_of_classes_come_from_hugging_faces_description(tmp_path):
     assert listings.list_images(sources.open_source(str(tmp_path / "s.parquet"))).class_names == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("description", [
+    "{", "[" * 10**5, "[]", '{"info": 1}', '{"info": {"features": {"label": {"names": "cat"}}}}',
+    '{"info": {"features": {"label": {"names": [1, 2]}}}}', '{"info": {"features": {"label": {"names": null}}}}'])
+def test_a_description_that_names_no_classes_is_none(tmp_path, description):
+    """Other tools write it too, and the labels are there."""
+    write_parquet(tmp_path / "s.parquet", [(PICTURES[0], 1)], {"huggingface": description})
+    assert listings.list_images(sources.open_source(str(tmp_path / "s.parquet"))).class_names == ["0", "1"]
+
+
 def test_images_without_a_path_are_named_by_file_and_row(tmp_path):
     write_parquet(tmp_path / "s.parquet", [(PICTURES[i], 0) for i in range(5)], named=False)
     found = read(sources.open_source(str(tmp_path / "s.parquet")))
