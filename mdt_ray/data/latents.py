@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mdt_ray import config_io, storage, tables
+from mdt_ray import config_io, parquet_pages, storage, tables
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -27,10 +27,6 @@ FILE_NAME = re.compile(r"chunk-\d{5,}\.parquet")
 ROW_OVERHEAD = 60
 """Bytes of a row beside its moments: id, label, split, and their share of the file's index."""
 COLUMN_TYPES = (pa.int64(), pa.int32(), pa.string(), pa.binary())
-BATCH_BYTES = 2**32
-"""Unpacked at once, at most, where each row is as long as all that the file has for the column."""
-SLACK_BYTES = 2**20
-"""Of a row group in memory beyond its file: lengths of rows, room at a buffer's end."""
 RETRY_SECONDS = (1.0, 10.0, 60.0)
 """Waited before a read is tried again that failed for a reason outside the file."""
 REBUILD = "run the same `mdt-ray precompute` again, which rebuilds just that file"
@@ -230,7 +226,7 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
             metadata = _metadata(uri, file.sha256)
             fs, path = storage.resolve(uri)
             with fs.open_input_file(path) as handle:
-                table = _read_columns(pq.ParquetFile(handle, metadata=metadata), group, columns + others, handle.size())
+                table = _read_columns(pq.ParquetFile(handle, metadata=metadata), handle, group, columns + others)
             break
         except tables.Refused as error:
             raise ValueError(f"{uri}: {error}; {REBUILD}") from error
@@ -277,22 +273,19 @@ def open_handle(handle: pa.NativeFile) -> pq.ParquetFile:
     for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types, strict=True):
         if kind not in COLUMN_TYPES:  # rows of some take memory that the file has no bytes for
             raise tables.Refused(f"its column {name} is of type {kind}: not read")
-    tables.refuse_packed(file.metadata)
+    for k in range(file.num_row_groups):
+        for column in (file.metadata.row_group(k).column(i) for i in range(file.metadata.num_columns)):
+            if column.compression != "UNCOMPRESSED":
+                raise tables.Refused("is packed: not read")
     return file
 
 
-def _read_columns(file: pq.ParquetFile, group: int, names: list[str], num_bytes: int) -> pa.Table:
-    """Of a row group in a file of `num_bytes`. Raises Refused where they unpack to more: an index may keep silent about how
-    pages hold their rows."""
-    parts = file.metadata.row_group(group)
-    largest = max((parts.column(k).total_compressed_size for k in range(parts.num_columns)), default=0)
-    batches, most = [], num_bytes + SLACK_BYTES
-    rows = min(parts.num_rows, BATCH_BYTES // max(largest, 1))  # each may be as long as all that the column holds
-    for batch in file.iter_batches(max(rows, 1), row_groups=[group], columns=names, use_threads=False):
-        most -= batch.nbytes
-        if most < 0:
-            raise tables.Refused("unpacks to more than it holds: not read")
-        batches.append(batch)
+def _read_columns(file: pq.ParquetFile, handle: pa.NativeFile, group: int, names: list[str]) -> pa.Table:
+    """Of a row group. Raises Refused for pages that do not hold rows as they are: those might unpack to any size."""
+    found = tables.fetch_group(file, handle, group, names)
+    if any(pages.repeated or not pages.encodings <= parquet_pages.PLAIN for pages in found.pages):
+        raise tables.Refused("is packed: not read")
+    batches = list(found.batches(max(file.metadata.row_group(group).num_rows, 1)))
     if not batches:
         raise ValueError("it is empty")
     return pa.Table.from_batches(batches)

@@ -21,7 +21,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from mdt_ray import storage, tables
-from mdt_ray.data import tars
+from mdt_ray.data import readers, tars
 from mdt_ray.data.sources import IMAGE_SUFFIXES, Source
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,7 @@ def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
             logger.warning("%s has row groups of %d rows; each is read from its start for every chunk in it. Written with "
                            "row groups of some hundred rows it would be read once", name, largest)
         try:
+            readers.picture_column(schema)
             found = tables.values(file, handle, ["label"] * labelled + ["image.path"] * has_path)
         except ValueError as error:
             raise ValueError(f"{storage.join(folder, name)}: {error}") from error

@@ -25,6 +25,10 @@ STREAM_BYTES = 8 * 2**20
 1,024 rows where pyarrow wrote it."""
 MAX_PICTURE_BYTES = 64 * 2**20
 """Of a picture in Parquet. What is larger counts as unreadable: a file of a thousandth of that may unpack to it."""
+BYTES = (pa.binary(), pa.large_binary(), pa.binary_view(), pa.string(), pa.large_string())
+"""Types of columns of pictures."""
+MAX_SURVEYED_BYTES = 2**25
+"""Of a column of pictures in a row group, fetched at once to look at its pages first."""
 MOUNTED_SECONDS = (1.0, 5.0)
 """Waits before a failed read of a mounted file system is tried again."""
 MAX_PIECE_BYTES = 2**28
@@ -134,26 +138,36 @@ def _parquet_pictures(folder: str, rows: pa.Table) -> Iterator[bytes | None]:
             try:
                 with fs.open_input_file(path) as handle:
                     file = tables.open_handle(handle, buffer_size=STREAM_BYTES, pre_buffer=False)
-                    for picture in _row_range(file, first, stop):
+                    for picture in _row_range(file, handle, first, stop):
                         first += 1
                         yield picture
                 if first < stop:
                     raise ValueError("it ends before them")
                 break
-            except (OSError, ValueError) as error:
-                if isinstance(error, FileNotFoundError | ValueError) or not waits:
+            except (OSError, ValueError, pa.ArrowException) as error:
+                if not isinstance(error, OSError) or isinstance(error, FileNotFoundError) or not waits:
                     raise ValueError(f"{storage.join(folder, files[run[0]])}: rows {first}..{stop} are not readable "
                                      f"({error}); copy the file again") from error
                 time.sleep(waits.pop(0))
 
 
-def _row_range(file: pq.ParquetFile, first: int, stop: int) -> Iterator[bytes | None]:
+def picture_column(schema: pa.Schema) -> str:
+    """Path of the column of pictures: `image`, or the bytes in it. Raises ValueError where these are none."""
+    kind = schema.field("image").type
+    path = "image.bytes" if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else "image"
+    kind = kind.field("bytes").type if path != "image" else kind
+    if kind not in BYTES:
+        raise ValueError(f"column {path} is of type {kind}; it must be of bytes")
+    return path
+
+
+def _row_range(file: pq.ParquetFile, handle: pa.NativeFile, first: int, stop: int) -> Iterator[bytes | None]:
     ends = np.cumsum([file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)])
-    groups = list(range(int(ends.searchsorted(first, side="right")), int(ends.searchsorted(stop)) + 1))
-    column = "image.bytes" if pa.types.is_struct(file.schema_arrow.field("image").type) else "image"
+    start = int(ends.searchsorted(first, side="right"))
+    groups = range(start, min(int(ends.searchsorted(stop)) + 1, len(ends)))
+    column, row = picture_column(file.schema_arrow), int(ends[start - 1]) if start else 0
     # One at a time: a thousand rows may repeat one picture for next to no bytes, and would be unpacked together.
-    batches = file.iter_batches(1, row_groups=groups, columns=[column])
-    for row, batch in enumerate(batches, start=int(ends[groups[0] - 1]) if groups[0] else 0):
+    for batch in itertools.chain.from_iterable(_group_rows(file, handle, k, column) for k in groups):
         if row >= first:
             images = batch.column(0)
             images = images.field("bytes") if pa.types.is_struct(images.type) else images
@@ -161,8 +175,18 @@ def _row_range(file: pq.ParquetFile, first: int, stop: int) -> Iterator[bytes | 
             if data is not None:
                 data = data.to_pybytes() if data.size <= MAX_PICTURE_BYTES else b""
             yield data
-        if row + 1 == stop:
+        row += 1
+        if row == stop:
             return
+
+
+def _group_rows(file: pq.ParquetFile, handle: pa.NativeFile, k: int, column: str) -> Iterator[pa.RecordBatch]:
+    """Rows of a group. One of more bytes than are worth a look at all its pages comes by its index and in parts: what that
+    could unpack to is no large multiple of it."""
+    group = file.metadata.row_group(k)
+    if max(group.column(i).total_compressed_size for i in range(group.num_columns)) > MAX_SURVEYED_BYTES:
+        return file.iter_batches(1, row_groups=[k], columns=[column])
+    return tables.fetch_group(file, handle, k, [column]).batches(1)
 
 
 _READERS = {"pictures": _read_pictures, "parquet": _read_parquet, "tar": _read_tars}

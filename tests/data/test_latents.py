@@ -181,7 +181,7 @@ def test_a_file_damaged_while_training_is_named(folder):
 @pytest.mark.parametrize(("rows", "options", "text"), [
     ([bytes(2**16)] * 900, {"use_dictionary": True}, "is packed: not read"),
     ([bytes(256)] * 9, {"compression": "zstd"}, "is packed: not read"),
-    ([bytes(256)] * 9, {"column_encoding": {"moments": "DELTA_BYTE_ARRAY"}}, "its column moments is packed: not read"),
+    ([bytes(256)] * 9, {"column_encoding": {"moments": "DELTA_BYTE_ARRAY"}}, "moments is of differences between texts"),
     ([bytes(256), bytes(2**16)], {}, "moments: its rows are not of 256 bytes"),
     ([bytes(256), None], {}, "moments: its rows are not of 256 bytes"),
     (["a" * 256], {}, "moments: is of type string"),
@@ -194,24 +194,6 @@ def test_latents_that_unpack_to_any_size_or_have_another_shape_are_not_read(tmp_
                               sha256=storage.sha256(data), rows_per_group=len(rows), validation_rows=[])
     with pytest.raises(ValueError, match=rf"chunk-00000.parquet: .*{text}.*precompute"):
         latents.read_group(str(tmp_path), file, 0, [4, 4, 4], flip=False)
-
-
-def test_latents_are_not_unpacked_whatever_their_index_says_of_them(tmp_path, monkeypatch):
-    """An index that keeps silent about a dictionary passes for that of rows as they are."""
-    monkeypatch.setattr("mdt_ray.tables.refuse_packed", lambda metadata: None)
-    monkeypatch.setattr(latents, "BATCH_BYTES", 2**26)
-    rows = pa.DictionaryArray.from_arrays(np.zeros(300, np.int32), [bytes(2**20)])
-    pq.write_table(pa.table({"label": [0] * 300, "moments": rows}), tmp_path / "chunk-00000.parquet", compression="none",
-                   dictionary_pagesize_limit=2**24, store_schema=False)
-    data = (tmp_path / "chunk-00000.parquet").read_bytes()
-    file = latents.LatentFile(name="chunk-00000.parquet", num_rows=300, num_bytes=len(data), sha256=storage.sha256(data),
-                              rows_per_group=300, validation_rows=[])
-    asked, read = [], pq.ParquetFile.iter_batches
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches",
-                        lambda file, rows, **options: asked.append(rows) or read(file, rows, **options))
-    with pytest.raises(ValueError, match=r"unpacks to more than it holds: not read; run the same `mdt-ray precompute`"):
-        latents.read_group(str(tmp_path), file, 0, [4, 4, 4], flip=False)
-    assert asked == [63]
 
 
 def test_missing_mirror_images_are_an_error(folder, tmp_path):

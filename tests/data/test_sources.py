@@ -400,12 +400,29 @@ def test_pictures_that_unpack_to_more_than_any_picture_are_rejected(tmp_path, mo
     assert max(peaks) < 100 * 2**20
 
 
+@pytest.mark.parametrize(("images", "options", "text"), [
+    (lambda: pa.array([bytes(2**29)]), {"compression": "zstd", "use_dictionary": False}, "pages of 536870922 bytes"),
+    (lambda: pa.array([bytes(2**26)] * 9), {"compression": "zstd", "dictionary_pagesize_limit": 2**30}, "to pages of"),
+    (lambda: pa.array([b"a"] * 20), {"use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}},
+     "image is of differences between texts: not read"),
+    (lambda: pa.nulls(2, pa.binary(2**20)), {}, r"column image is of type fixed_size_binary\[\d+\]; it must be of bytes"),
+    (lambda: pa.array([[b"a"]] * 2), {}, r"column image is of type list<.*>; it must be of bytes"),
+    (lambda: pa.array([1, 2]), {}, r"column image is of type int64; it must be of bytes")])
+def test_pictures_that_take_memory_before_their_size_is_known_are_refused(tmp_path, images, options, text):
+    path = tmp_path / "s.parquet"
+    found = images()
+    pq.write_table(pa.table({"image": found, "label": [0] * len(found)}), path, **options)
+    source = sources.open_source(str(tmp_path))
+    with pytest.raises(ValueError, match=rf"s.parquet: .*{text}"):
+        list(readers.read_pieces(source.folder, source.kind, listings.list_images(source).table, 4))
+
+
 def test_pictures_that_unpack_to_much_together_come_in_smaller_pieces(tmp_path, monkeypatch):
     """Each of them may be as large as this, but a file of some kilobytes has 200."""
     monkeypatch.setattr(readers, "MAX_PIECE_BYTES", 8 * 2**20)
     large = [bytes([i]) * (3 * 2**20) for i in range(200)]
     path = write_parquet(tmp_path / "bomb.parquet", [(data, 0) for data in large], row_group_size=1000, compression="zstd",
-                         use_dictionary=False)
+                         use_dictionary=False, write_batch_size=2)
     assert path.stat().st_size < 2**20
     source = sources.open_source(str(tmp_path))
     rows = listings.list_images(source).table
@@ -457,7 +474,7 @@ def test_texts_that_unpack_to_gigabytes_are_refused(tmp_path, compact):
                          dictionary_pagesize_limit=2**24)
     assert path.stat().st_size < 2**17
     source, before = sources.open_source(str(tmp_path)), pa.default_memory_pool().max_memory()
-    with pytest.raises(ValueError, match=r"bomb.parquet: label .*has texts of more than 4096 bytes"):
+    with pytest.raises(ValueError, match=r"bomb.parquet: (label .*texts of more than 4096 bytes|its .* unpack to)"):
         listings.list_images(source)
     assert pa.default_memory_pool().max_memory() - before < 2**26
 
