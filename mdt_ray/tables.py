@@ -8,7 +8,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -84,8 +84,14 @@ def read_values(uri: str) -> dict[str, list[Any]]:
 
 
 def _parsed(uri: str, parse: Callable[[bytes], T]) -> T:
+    def in_memory(data: bytes) -> T:
+        try:
+            return parse(data)
+        except (OSError, LookupError, pa.ArrowException) as error:
+            raise ValueError(f"not a readable Parquet file ({error})") from error
+
     try:
-        return storage.parsed(uri, parse)
+        return storage.parsed(uri, in_memory)
     except ValueError as error:
         raise (Refused if isinstance(error, Refused) else ValueError)(f"{uri}: {error}") from error
 
@@ -94,7 +100,10 @@ def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
     """An open file as Parquet, with pyarrow's options. Raises Refused for what no table of ours, and no data set, needs:
     columns whose values Python makes (Ray registers a type that unpickles them), and many more rows than bytes; ValueError
     for an index that does not add up."""
-    file = pq.ParquetFile(handle, **options)
+    try:
+        file = pq.ParquetFile(handle, **options)
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
     if again := [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]:
         raise ValueError(f"has more than one column {', '.join(again)}")
     if names := [field.name for field in file.schema_arrow if _makes_objects(field.type)]:
@@ -134,8 +143,11 @@ def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) ->
                 raise Refused(TOO_MUCH)
             for path, (first, *rest) in places.items():
                 column = pc.struct_field(batch[first], rest) if rest else batch[first]
-                column = column.cast(_plain(column.type))
-                if _is_text(column.type) and (pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT_BYTES:
+                try:
+                    column = column.cast(_plain(column.type))
+                except pa.ArrowException as error:
+                    raise ValueError(f"{path} does not unpack ({error}): damaged") from error
+                if is_text(column.type) and (pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT_BYTES:
                     raise ValueError(f"{path} has texts of more than {MAX_TEXT_BYTES} bytes")
                 found[path] += [same.setdefault(value, value) if isinstance(value, str) else value
                                 for value in column.to_pylist()]
@@ -145,13 +157,15 @@ def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) ->
 def _require_flat(path: str, kind: pa.DataType) -> None:
     """Raise ValueError for a column whose rows may take memory that the file has no bytes for."""
     kind = _plain(kind)
-    if not (_is_text(kind) or any(is_kind(kind) for is_kind in NUMBERS)):
+    if not (is_text(kind) or any(is_kind(kind) for is_kind in NUMBERS)):
         raise ValueError(f"column {path} is of type {kind}; it must be of numbers or of texts")
 
 
 def _batches(file: pq.ParquetFile, handle: pa.NativeFile, k: int, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Flat columns of a row group, of which some BATCH_BYTES are unpacked at once. Raises as `fetch_group`."""
-    if not file.metadata.row_group(k).num_rows:
+    if not 0 <= k < file.num_row_groups:
+        raise ValueError(f"has {file.num_row_groups} parts, and none is number {k}: damaged")
+    if not paths or not file.metadata.row_group(k).num_rows:
         return
     group = fetch_group(file, handle, k, paths)
     unit = sum(column.repeated for column in group.pages) + ROW_BYTES * len(paths)
@@ -168,57 +182,48 @@ class Group:
     number: int
     paths: list[str]
     pages: list[parquet_pages.Pages]
+    num_bytes: int
 
     def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
         """So many rows each, but the last. Raises ValueError where they do not unpack."""
         try:
             yield from self.file.iter_batches(rows, row_groups=[self.number], columns=self.paths, use_threads=False)
-        except pa.ArrowException as error:
-            raise ValueError(str(error)) from error
+        except (OSError, LookupError, pa.ArrowException) as error:
+            raise ValueError(f"does not unpack ({error}): damaged") from error
 
 
-def fetch_group(file: pq.ParquetFile, handle: pa.NativeFile, k: int, paths: Sequence[str]) -> Group:
+class TooLarge(Exception):
+    """A column has more bytes in its file than are to be fetched at once."""
+
+
+def fetch_group(file: pq.ParquetFile, handle: pa.NativeFile, k: int, paths: Sequence[str], most: int | None = None) -> Group:
     """Fetch columns of a row group of a file that is open at a handle, each by one request, and look at their pages.
 
+    Args:
+        most: bytes of a column; TooLarge is raised for one that has more.
     Raises Refused where one row of them might unpack to more than MAX_PAGE_BYTES, by whatever encoding, and ValueError for
-    damaged pages.
+    damaged pages; OSError where the store does not answer.
     """
-    metadata, spans, pages = file.metadata, [], []
-    for i in range(metadata.num_columns):
-        path = file.schema.column(i).path
-        if path in paths:
-            start, length = _place_of(metadata.row_group(k).column(i), handle.size())
-            handle.seek(start)
-            data = memoryview(handle.read_buffer(length)).cast("B")
-            spans.append((start, data))
-            try:
-                pages.append(parquet_pages.survey(data))
-            except ValueError as error:
-                raise ValueError(f"column {path} has {error}") from error
-            if not pages[-1].encodings <= parquet_pages.SAFE:
-                raise Refused(f"its column {path} is of differences between texts: not read; write it in plain encoding")
-    unpacked = sum(column.largest + DICTIONARY_FACTOR * column.repeated for column in pages)
-    if unpacked > MAX_PAGE_BYTES + sum(len(data) for _, data in spans):
-        raise Refused(f"its columns {', '.join(paths)} unpack to pages of {unpacked} bytes: not read")
-    fetched = pa.PythonFile(_Spans(handle.size(), spans), mode="r")
-    return Group(pq.ParquetFile(fetched, metadata=metadata, pre_buffer=False), k, list(paths), pages)
+    fetched = _Fetched(handle, most)
+    opened = pq.ParquetFile(pa.PythonFile(fetched, mode="r"), metadata=file.metadata, pre_buffer=False)
+    group = Group(opened, k, list(paths), fetched.pages, 0)
+    try:
+        next(group.batches(1), None)
+    except ValueError:
+        if fetched.error is not None:  # which pyarrow may have given another form
+            raise fetched.error from None
+        raise
+    return replace(group, num_bytes=sum(map(len, fetched.parts.values())))
 
 
-def _place_of(chunk: pq.ColumnChunkMetaData, file_bytes: int) -> tuple[int, int]:
-    """First byte and length of a row group's column."""
-    start, length = chunk.data_page_offset, chunk.total_compressed_size
-    if 0 < (chunk.dictionary_page_offset or 0) < start:
-        start = chunk.dictionary_page_offset
-    if length < 0 or start < 0 or start + length > file_bytes:
-        raise ValueError(f"column {chunk.path_in_schema} has {length} bytes in a file of {file_bytes}: damaged")
-    return start, length
+class _Fetched(io.RawIOBase):
+    """A file from which columns are fetched as pyarrow asks for them: each once, whole, and not before it was looked at."""
 
-
-class _Spans(io.RawIOBase):
-    """A file of which parts were fetched, and nothing else is."""
-
-    def __init__(self, num_bytes: int, parts: list[tuple[int, memoryview]]):
-        self.num_bytes, self.parts, self.at = num_bytes, parts, 0
+    def __init__(self, handle: pa.NativeFile, most: int | None):
+        self.handle, self.most, self.at = handle, most, 0
+        self.parts: dict[tuple[int, int], memoryview] = {}
+        self.pages: list[parquet_pages.Pages] = []
+        self.error: Exception | None = None
 
     def readable(self) -> bool:
         return True
@@ -230,16 +235,36 @@ class _Spans(io.RawIOBase):
         return self.at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.num_bytes}[whence]
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.handle.size()}[whence]
         return self.at
 
     def read(self, size: int = -1) -> memoryview:
-        for start, data in self.parts:
-            if start <= self.at and self.at + size <= start + len(data):
-                found = data[self.at - start:self.at - start + size]
-                self.at += size
-                return found
-        raise ValueError(f"bytes {self.at}..{self.at + size} are of no column that was asked for: damaged")
+        place = self.at, size
+        if place not in self.parts:
+            try:
+                self.parts[place] = self._fetch(size)
+            except Exception as error:
+                self.error = error
+                raise
+        self.at += size
+        return self.parts[place]
+
+    def _fetch(self, size: int) -> memoryview:
+        if self.most is not None and size > self.most:
+            raise TooLarge
+        self.handle.seek(self.at)
+        data = memoryview(self.handle.read_buffer(size)).cast("B")
+        try:
+            pages = parquet_pages.survey(data)
+        except ValueError as error:
+            raise ValueError(f"its column of {size} bytes from byte {self.at} on has {error}") from error
+        if not pages.encodings <= parquet_pages.SAFE:
+            raise Refused("holds texts as differences from each other: not read; write it in plain encoding")
+        self.pages.append(pages)
+        unpacked = sum(column.largest + DICTIONARY_FACTOR * column.repeated for column in self.pages)
+        if unpacked > MAX_PAGE_BYTES + size + sum(map(len, self.parts.values())):
+            raise Refused(f"unpacks to pages of {unpacked} bytes: not read")
+        return data
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -248,5 +273,5 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return pa.string() if kind == pa.string_view() else kind
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(_plain(kind)) or pa.types.is_large_string(_plain(kind))

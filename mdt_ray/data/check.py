@@ -68,7 +68,7 @@ def _check_file(folder: str, manifest: Manifest, file: LatentFile,
     if storage.sha256(data) != file.sha256:
         return [Problem(file.name, "checksum differs: its bytes have changed", damaged=True)], None
     try:
-        table = latents.open_handle(pa.BufferReader(data)).read()
+        table = latents.parse(data)
     except ValueError as error:
         return [Problem(file.name, str(error))], None
     problems = []

@@ -238,10 +238,10 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
                 raise OSError(f"{uri}: could not be read ({error}); mend the access, and run the same command again"
                               ) from error
             time.sleep(pause)
+    if missing := [name for name in columns + others if name not in table.column_names]:
+        raise ValueError(f"{uri}: has no {missing[0]}; run `mdt-ray precompute{' --flip' * (missing[0] == 'moments_flip')}`")
     arrays = {name: table.column(name).to_numpy() for name in ["label", *others]}
     for name in columns[1:]:
-        if name not in table.column_names:
-            raise ValueError(f"{uri}: has no {name}; run `mdt-ray precompute --flip`")
         try:
             arrays[name] = binary_rows(table.column(name), (2, *shape))
         except ValueError as error:
@@ -264,26 +264,30 @@ def _metadata(uri: str, sha256: str) -> pq.FileMetaData:
     """A file's own index, read and checked once."""
     fs, path = storage.resolve(uri)
     with fs.open_input_file(path) as handle:
-        return open_handle(handle).metadata
+        return _open_handle(handle).metadata
 
 
-def open_handle(handle: pa.NativeFile) -> pq.ParquetFile:
-    """An open file of latents. Raises Refused as `tables.open_handle`, and for one that does not hold them as they are."""
+def _open_handle(handle: pa.NativeFile) -> pq.ParquetFile:
+    """An open file of latents. Raises Refused as `tables.open_handle`, and for columns of other types."""
     file = tables.open_handle(handle)
     for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types, strict=True):
         if kind not in COLUMN_TYPES:  # rows of some take memory that the file has no bytes for
             raise tables.Refused(f"its column {name} is of type {kind}: not read")
-    for k in range(file.num_row_groups):
-        for column in (file.metadata.row_group(k).column(i) for i in range(file.metadata.num_columns)):
-            if column.compression != "UNCOMPRESSED":
-                raise tables.Refused("is packed: not read")
     return file
+
+
+def parse(data: bytes) -> pa.Table:
+    """All columns of a whole file. Raises ValueError for what holds no latents as they are."""
+    handle = pa.BufferReader(data)
+    file = _open_handle(handle)
+    return pa.concat_tables(_read_columns(file, handle, k, file.schema_arrow.names) for k in range(file.num_row_groups))
 
 
 def _read_columns(file: pq.ParquetFile, handle: pa.NativeFile, group: int, names: list[str]) -> pa.Table:
     """Of a row group. Raises Refused for pages that do not hold rows as they are: those might unpack to any size."""
     found = tables.fetch_group(file, handle, group, names)
-    if any(pages.repeated or not pages.encodings <= parquet_pages.PLAIN for pages in found.pages):
+    unpacked = sum(pages.rows for pages in found.pages)
+    if unpacked > found.num_bytes or any(not pages.encodings <= parquet_pages.PLAIN for pages in found.pages):
         raise tables.Refused("is packed: not read")
     batches = list(found.batches(max(file.metadata.row_group(group).num_rows, 1)))
     if not batches:

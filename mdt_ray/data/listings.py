@@ -146,7 +146,8 @@ def _scan_parquet(folder: str, name: str, labelled: bool = True) -> Rows:
                 raise ValueError(f"{storage.join(folder, name)}: has no column {column!r}; expected image (struct of bytes, "
                                  "path) and label")
         image = schema.field("image").type
-        has_path = pa.types.is_struct(image) and image.get_field_index("path") >= 0
+        has_path = (pa.types.is_struct(image) and image.get_field_index("path") >= 0
+                    and tables.is_text(image.field("path").type))
         largest = max((file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)), default=0)
         if largest > LARGE_ROW_GROUP:
             logger.warning("%s has row groups of %d rows; each is read from its start for every chunk in it. Written with "

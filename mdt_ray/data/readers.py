@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -153,6 +154,8 @@ def _parquet_pictures(folder: str, rows: pa.Table) -> Iterator[bytes | None]:
 
 def picture_column(schema: pa.Schema) -> str:
     """Path of the column of pictures: `image`, or the bytes in it. Raises ValueError where these are none."""
+    if "image" not in schema.names:
+        raise ValueError("has no column image")
     kind = schema.field("image").type
     path = "image.bytes" if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else "image"
     kind = kind.field("bytes").type if path != "image" else kind
@@ -170,7 +173,7 @@ def _row_range(file: pq.ParquetFile, handle: pa.NativeFile, first: int, stop: in
     for batch in itertools.chain.from_iterable(_group_rows(file, handle, k, column) for k in groups):
         if row >= first:
             images = batch.column(0)
-            images = images.field("bytes") if pa.types.is_struct(images.type) else images
+            images = pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
             data = images.cast(pa.large_binary())[0].as_buffer()
             if data is not None:
                 data = data.to_pybytes() if data.size <= MAX_PICTURE_BYTES else b""
@@ -181,12 +184,14 @@ def _row_range(file: pq.ParquetFile, handle: pa.NativeFile, first: int, stop: in
 
 
 def _group_rows(file: pq.ParquetFile, handle: pa.NativeFile, k: int, column: str) -> Iterator[pa.RecordBatch]:
-    """Rows of a group. One of more bytes than are worth a look at all its pages comes by its index and in parts: what that
-    could unpack to is no large multiple of it."""
-    group = file.metadata.row_group(k)
-    if max(group.column(i).total_compressed_size for i in range(group.num_columns)) > MAX_SURVEYED_BYTES:
+    """Rows of a group. One of more bytes than are worth a look at all its pages comes in parts: what that could unpack to is
+    no large multiple of it."""
+    if not file.metadata.row_group(k).num_rows:
+        return iter(())
+    try:
+        return tables.fetch_group(file, handle, k, [column], most=MAX_SURVEYED_BYTES).batches(1)
+    except tables.TooLarge:
         return file.iter_batches(1, row_groups=[k], columns=[column])
-    return tables.fetch_group(file, handle, k, [column]).batches(1)
 
 
 _READERS = {"pictures": _read_pictures, "parquet": _read_parquet, "tar": _read_tars}

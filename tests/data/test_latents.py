@@ -181,7 +181,7 @@ def test_a_file_damaged_while_training_is_named(folder):
 @pytest.mark.parametrize(("rows", "options", "text"), [
     ([bytes(2**16)] * 900, {"use_dictionary": True}, "is packed: not read"),
     ([bytes(256)] * 9, {"compression": "zstd"}, "is packed: not read"),
-    ([bytes(256)] * 9, {"column_encoding": {"moments": "DELTA_BYTE_ARRAY"}}, "moments is of differences between texts"),
+    ([bytes(256)] * 9, {"column_encoding": {"moments": "DELTA_BYTE_ARRAY"}}, "holds texts as differences"),
     ([bytes(256), bytes(2**16)], {}, "moments: its rows are not of 256 bytes"),
     ([bytes(256), None], {}, "moments: its rows are not of 256 bytes"),
     (["a" * 256], {}, "moments: is of type string"),

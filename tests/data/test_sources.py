@@ -401,10 +401,10 @@ def test_pictures_that_unpack_to_more_than_any_picture_are_rejected(tmp_path, mo
 
 
 @pytest.mark.parametrize(("images", "options", "text"), [
-    (lambda: pa.array([bytes(2**29)]), {"compression": "zstd", "use_dictionary": False}, "pages of 536870922 bytes"),
+    (lambda: pa.array([bytes(2**29)]), {"compression": "zstd", "use_dictionary": False}, "unpacks to pages of 53687"),
     (lambda: pa.array([bytes(2**26)] * 9), {"compression": "zstd", "dictionary_pagesize_limit": 2**30}, "to pages of"),
     (lambda: pa.array([b"a"] * 20), {"use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}},
-     "image is of differences between texts: not read"),
+     "holds texts as differences from each other: not read"),
     (lambda: pa.nulls(2, pa.binary(2**20)), {}, r"column image is of type fixed_size_binary\[\d+\]; it must be of bytes"),
     (lambda: pa.array([[b"a"]] * 2), {}, r"column image is of type list<.*>; it must be of bytes"),
     (lambda: pa.array([1, 2]), {}, r"column image is of type int64; it must be of bytes")])
@@ -414,6 +414,31 @@ def test_pictures_that_take_memory_before_their_size_is_known_are_refused(tmp_pa
     pq.write_table(pa.table({"image": found, "label": [0] * len(found)}), path, **options)
     source = sources.open_source(str(tmp_path))
     with pytest.raises(ValueError, match=rf"s.parquet: .*{text}"):
+        list(readers.read_pieces(source.folder, source.kind, listings.list_images(source).table, 4))
+
+
+@pytest.mark.parametrize("image", [pa.binary(), pa.struct([("bytes", pa.binary())]),
+                                   pa.struct([("path", pa.int64()), ("bytes", pa.binary())])])
+def test_pictures_without_names_among_empty_row_groups(tmp_path, image):
+    rows = [bytes([i]) for i in range(10)]
+    column = pa.array(rows if image == pa.binary() else [{"bytes": row} for row in rows], image)
+    with pq.ParquetWriter(tmp_path / "s.parquet", pa.schema([("image", image)])) as writer:
+        for start, stop in ((0, 0), (0, 3), (3, 3), (3, 10), (10, 10)):
+            writer.write_table(pa.table({"image": column.slice(start, stop - start)}))
+    source = sources.open_source(str(tmp_path), need_labels=False)
+    listing = listings.list_images(source).table
+    assert listing["id"].to_pylist() == [f"s.parquet#{i}" for i in range(10)]
+    pieces = readers.read_pieces(source.folder, source.kind, listing, 4)
+    assert [data for piece in pieces for data in piece.data.to_pylist()] == rows
+
+
+def test_pictures_are_looked_at_whatever_other_columns_hold(tmp_path):
+    """Large ones of their own come in parts, by what the index says of them."""
+    more = np.random.default_rng(0).bytes(readers.MAX_SURVEYED_BYTES)
+    pq.write_table(pa.table({"image": [bytes(2**29)], "more": [more]}), tmp_path / "s.parquet", compression="zstd",
+                   use_dictionary=False)
+    source = sources.open_source(str(tmp_path), need_labels=False)
+    with pytest.raises(ValueError, match=r"s.parquet: .*unpacks to pages of 53687\d+ bytes: not read"):
         list(readers.read_pieces(source.folder, source.kind, listings.list_images(source).table, 4))
 
 
@@ -474,7 +499,7 @@ def test_texts_that_unpack_to_gigabytes_are_refused(tmp_path, compact):
                          dictionary_pagesize_limit=2**24)
     assert path.stat().st_size < 2**17
     source, before = sources.open_source(str(tmp_path)), pa.default_memory_pool().max_memory()
-    with pytest.raises(ValueError, match=r"bomb.parquet: (label .*texts of more than 4096 bytes|its .* unpack to)"):
+    with pytest.raises(ValueError, match=r"bomb.parquet: (label .*texts of more than 4096 bytes|unpacks to)"):
         listings.list_images(source)
     assert pa.default_memory_pool().max_memory() - before < 2**26
 
