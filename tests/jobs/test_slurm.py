@@ -86,7 +86,7 @@ def test_the_line_of_the_page_goes_from_pictures_to_an_fid(cluster):
                          "--output", str(output))
     cluster.wait_for(job, lambda: cluster.facts(job)["JobState"] in ("COMPLETED", "FAILED"), "its end", 900)
     assert cluster.facts(job)["ExitCode"] == "0:0"
-    fid = json.loads((output / "evaluate" / "metrics.json").read_text())["metrics"]["fid"]
+    fid = json.loads((output / "evaluate" / "guided" / "metrics.json").read_text())["metrics"]["fid_digits_1k"]
     *_, numbers, report = cluster.log(job).splitlines()
     assert numbers.startswith(f"fid_digits_1k {fid:.4g}  ")
     assert report == f"report {output}/report/index.html"
