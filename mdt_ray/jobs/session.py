@@ -54,7 +54,7 @@ def start(dashboard: bool = False) -> None:
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     logger.info("%s", f"joining the Ray at {address}" if address else "starting Ray on this machine")
-    if os.environ.get("RAY_ADDRESS"):
+    if address:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
         keep_token()
