@@ -31,6 +31,8 @@ said of them."""
 class Pages:
     """What a row group's column unpacks to, in bytes."""
 
+    packed: int
+    """As they are in the file, with headers."""
     repeated: int
     """Of dictionaries, of which each row may have all."""
     rows: int
@@ -56,7 +58,7 @@ def survey(data: memoryview) -> Pages:
             raise ValueError
     except (ValueError, LookupError) as error:
         raise ValueError("no readable pages: damaged") from error
-    return Pages(repeated, sum(rows), max(rows), frozenset(encodings))
+    return Pages(len(data), repeated, sum(rows), max(rows), frozenset(encodings))
 
 
 def _header(data: memoryview, at: int) -> tuple[dict[int, int], set[int], int]:

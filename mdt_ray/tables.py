@@ -8,7 +8,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -167,7 +167,7 @@ def _batches(file: pq.ParquetFile, handle: pa.NativeFile, k: int, paths: Sequenc
         raise ValueError(f"has {file.num_row_groups} parts, and none is number {k}: damaged")
     if not paths or not file.metadata.row_group(k).num_rows:
         return
-    group = fetch_group(file, handle, k, paths)
+    group = fetch_group(file.metadata, handle, k, paths)
     unit = sum(column.repeated for column in group.pages) + ROW_BYTES * len(paths)
     if sum(column.rows for column in group.pages) > BATCH_BYTES:
         unit += sum(column.largest for column in group.pages)
@@ -182,7 +182,6 @@ class Group:
     number: int
     paths: list[str]
     pages: list[parquet_pages.Pages]
-    num_bytes: int
 
     def batches(self, rows: int) -> Iterator[pa.RecordBatch]:
         """So many rows each, but the last. Raises ValueError where they do not unpack."""
@@ -196,7 +195,8 @@ class TooLarge(Exception):
     """A column has more bytes in its file than are to be fetched at once."""
 
 
-def fetch_group(file: pq.ParquetFile, handle: pa.NativeFile, k: int, paths: Sequence[str], most: int | None = None) -> Group:
+def fetch_group(metadata: pq.FileMetaData, handle: pa.NativeFile, k: int, paths: Sequence[str],
+                most: int | None = None) -> Group:
     """Fetch columns of a row group of a file that is open at a handle, each by one request, and look at their pages.
 
     Args:
@@ -205,15 +205,15 @@ def fetch_group(file: pq.ParquetFile, handle: pa.NativeFile, k: int, paths: Sequ
     damaged pages; OSError where the store does not answer.
     """
     fetched = _Fetched(handle, most)
-    opened = pq.ParquetFile(pa.PythonFile(fetched, mode="r"), metadata=file.metadata, pre_buffer=False)
-    group = Group(opened, k, list(paths), fetched.pages, 0)
+    opened = pq.ParquetFile(pa.PythonFile(fetched, mode="r"), metadata=metadata, pre_buffer=False)
+    group = Group(opened, k, list(paths), fetched.pages)
     try:
         next(group.batches(1), None)
     except ValueError:
         if fetched.error is not None:  # which pyarrow may have given another form
             raise fetched.error from None
         raise
-    return replace(group, num_bytes=sum(map(len, fetched.parts.values())))
+    return group
 
 
 class _Fetched(io.RawIOBase):
@@ -262,7 +262,7 @@ class _Fetched(io.RawIOBase):
             raise Refused("holds texts as differences from each other: not read; write it in plain encoding")
         self.pages.append(pages)
         unpacked = sum(column.largest + DICTIONARY_FACTOR * column.repeated for column in self.pages)
-        if unpacked > MAX_PAGE_BYTES + size + sum(map(len, self.parts.values())):
+        if unpacked > MAX_PAGE_BYTES + sum(column.packed for column in self.pages):
             raise Refused(f"unpacks to pages of {unpacked} bytes: not read")
         return data
 

@@ -184,7 +184,8 @@ HEADER = b"\x15\x00\x15\x80\x01\x15\x10\x2c\x15\xc8\x01\x15\x00\x15\x06\x15\x06\
     HEADER.replace(b"\x2c", b"\x29", 1) + bytes(8),  # a list
     HEADER[:8] + b"\x1c" * 20 + bytes(20), HEADER[:8] + b"\x28" + b"\xff" * 12, b"\xff" * 30, bytes(30)])
 def test_headers_that_readers_may_take_for_others_are_damage(pages):
-    assert parquet_pages.survey(2 * (HEADER + bytes(8))) == parquet_pages.Pages(0, 128, 64, frozenset({0}))
+    two = 2 * (HEADER + bytes(8))
+    assert parquet_pages.survey(two) == parquet_pages.Pages(len(two), 0, 128, 64, frozenset({0}))
     with pytest.raises(ValueError, match="no readable pages: damaged"):
         parquet_pages.survey(pages)
 

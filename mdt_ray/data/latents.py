@@ -226,7 +226,7 @@ def read_group(folder: str, file: LatentFile, group: int, shape: list[int], flip
             metadata = _metadata(uri, file.sha256)
             fs, path = storage.resolve(uri)
             with fs.open_input_file(path) as handle:
-                table = _read_columns(pq.ParquetFile(handle, metadata=metadata), handle, group, columns + others)
+                table = _read_columns(metadata, handle, group, columns + others)
             break
         except tables.Refused as error:
             raise ValueError(f"{uri}: {error}; {REBUILD}") from error
@@ -280,16 +280,16 @@ def parse(data: bytes) -> pa.Table:
     """All columns of a whole file. Raises ValueError for what holds no latents as they are."""
     handle = pa.BufferReader(data)
     file = _open_handle(handle)
-    return pa.concat_tables(_read_columns(file, handle, k, file.schema_arrow.names) for k in range(file.num_row_groups))
+    return pa.concat_tables(_read_columns(file.metadata, handle, k, file.schema_arrow.names)
+                            for k in range(file.num_row_groups))
 
 
-def _read_columns(file: pq.ParquetFile, handle: pa.NativeFile, group: int, names: list[str]) -> pa.Table:
+def _read_columns(metadata: pq.FileMetaData, handle: pa.NativeFile, group: int, names: list[str]) -> pa.Table:
     """Of a row group. Raises Refused for pages that do not hold rows as they are: those might unpack to any size."""
-    found = tables.fetch_group(file, handle, group, names)
-    unpacked = sum(pages.rows for pages in found.pages)
-    if unpacked > found.num_bytes or any(not pages.encodings <= parquet_pages.PLAIN for pages in found.pages):
+    found = tables.fetch_group(metadata, handle, group, names)
+    if any(pages.rows > pages.packed or not pages.encodings <= parquet_pages.PLAIN for pages in found.pages):
         raise tables.Refused("is packed: not read")
-    batches = list(found.batches(max(file.metadata.row_group(group).num_rows, 1)))
+    batches = list(found.batches(max(metadata.row_group(group).num_rows, 1)))
     if not batches:
         raise ValueError("it is empty")
     return pa.Table.from_batches(batches)

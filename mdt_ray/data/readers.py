@@ -189,7 +189,7 @@ def _group_rows(file: pq.ParquetFile, handle: pa.NativeFile, k: int, column: str
     if not file.metadata.row_group(k).num_rows:
         return iter(())
     try:
-        return tables.fetch_group(file, handle, k, [column], most=MAX_SURVEYED_BYTES).batches(1)
+        return tables.fetch_group(file.metadata, handle, k, [column], most=MAX_SURVEYED_BYTES).batches(1)
     except tables.TooLarge:
         return file.iter_batches(1, row_groups=[k], columns=[column])
 

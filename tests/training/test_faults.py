@@ -9,7 +9,6 @@ import time
 import warnings
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -324,14 +323,14 @@ def test_a_checkpoint_that_is_written_is_not_written_again_where_an_old_one_stay
 
 def test_latents_are_read_when_the_store_answers_again(folder, tmp_path, monkeypatch):
     """A store that does not answer is waited for; it is no reason to call the latents damaged."""
-    failures, reading = [OSError("503")] * 3, latents.pq.ParquetFile
+    failures, reading = [OSError("503")] * 3, latents._read_columns
 
-    def flaky(*arguments, **more):
-        if failures and "metadata" in more and not isinstance(arguments[0], pa.PythonFile):  # of latents, not yet fetched
+    def flaky(*arguments):
+        if failures:
             raise failures.pop()
-        return reading(*arguments, **more)
+        return reading(*arguments)
 
-    monkeypatch.setattr(latents.pq, "ParquetFile", flaky)
+    monkeypatch.setattr(latents, "_read_columns", flaky)
     monkeypatch.setattr(latents, "RETRY_SECONDS", (0.01,) * 3)
     assert run(tiny_training(folder, tmp_path, num_steps=2)).step == 2
     failures[:] = [OSError("503")] * 99
