@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mdt_ray import parquet_pages, storage
+from mdt_ray import parquet_index, parquet_pages, storage
 
 T = TypeVar("T")
 MAX_TEXT_BYTES = 4096
@@ -30,6 +30,13 @@ DICTIONARY_FACTOR = 5
 """Memory for each byte of a dictionary: a text of one byte has 4 of length, and is looked up by 16."""
 ROW_BYTES = 16
 """Of a value in memory, also where a column holds nothing."""
+MAGIC = b"PAR1"
+"""First and last in a file."""
+TAIL_BYTES, SMALL_INDEX_BYTES, MAX_INDEX_BYTES = 2**16, 2**15, 2**24
+"""Of an index: asked for at once; that takes no more than some 2^28 in memory, however it is made; and at most."""
+ARROW_SCHEMA, UNREAD = b"ARROW:schema", b"arrow_schema"
+"""Key of what Arrow knows of the columns beyond Parquet, and one of the same length that it does not look for."""
+FEWER_GROUPS = "write it with larger row groups and shorter names"
 MAX_UNPACKED = 100
 """Bytes of a table for each of its file, beyond BATCH_BYTES, at most."""
 TOO_MUCH = f"unpacks to more than {MAX_UNPACKED} times its size: not read"
@@ -70,7 +77,8 @@ def read_groups(file: pq.ParquetFile, handle: pa.NativeFile, groups: Iterable[in
             if most < 0:
                 raise Refused(TOO_MUCH)
             batches.append(batch)
-    return pa.Table.from_batches(batches, file.schema_arrow)
+    own = {key: value for key, value in (file.schema_arrow.metadata or {}).items() if key != UNREAD}
+    return pa.Table.from_batches(batches, file.schema_arrow).replace_schema_metadata(own)
 
 
 def read_values(uri: str) -> dict[str, list[Any]]:
@@ -97,17 +105,16 @@ def _parsed(uri: str, parse: Callable[[bytes], T]) -> T:
 
 
 def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
-    """An open file as Parquet, with pyarrow's options. Raises Refused for what no table of ours, and no data set, needs:
-    columns whose values Python makes (Ray registers a type that unpickles them), and many more rows than bytes; ValueError
-    for an index that does not add up."""
+    """An open file as Parquet, with pyarrow's options. Raises Refused for what no table of ours, and no data set, needs: an
+    index that takes much memory, and many more rows than bytes; ValueError for an index that is damaged."""
+    index = _index(handle)
     try:
-        file = pq.ParquetFile(handle, **options)
-    except pa.ArrowException as error:
+        file = pq.ParquetFile(handle, metadata=pq.read_metadata(pa.BufferReader(index)), **options)
+        names = file.schema_arrow.names
+    except (OSError, pa.ArrowException) as error:  # pyarrow's form for either
         raise ValueError(str(error)) from error
-    if again := [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]:
+    if again := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"has more than one column {', '.join(again)}")
-    if names := [field.name for field in file.schema_arrow if _makes_objects(field.type)]:
-        raise Refused(f"its columns {', '.join(names)} hold Python objects, which could run code: not read")
     count, counts = file.metadata.num_rows, [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
     if count > 4 * handle.size():
         raise Refused(f"has {count} rows in {handle.size()} bytes: not read")
@@ -116,10 +123,22 @@ def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
     return file
 
 
-def _makes_objects(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _makes_objects(kind.value_type)
-    return isinstance(kind, pa.ExtensionType) or any(_makes_objects(kind.field(i).type) for i in range(kind.num_fields))
+def _index(handle: pa.NativeFile) -> bytes:
+    """The index of a file as a file of its own, without what Arrow knows of the columns beyond Parquet: that may take any
+    memory too, and name types that Python makes (Ray registers one that unpickles them)."""
+    size = handle.size()
+    tail = handle.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0))
+    length = int.from_bytes(tail[-8:-4], "little")
+    if tail[-4:] != MAGIC or length + 8 > size:
+        raise ValueError("does not end as a Parquet file does: cut off, or none")
+    if length > MAX_INDEX_BYTES:
+        raise Refused(f"has an index of {length} bytes: not read; {FEWER_GROUPS}")
+    if length + 8 > len(tail):
+        tail = handle.read_at(length + 8, size - length - 8)
+    index = tail[-8 - length:-8]
+    if length > SMALL_INDEX_BYTES and (memory := parquet_index.memory_of(memoryview(index))) > MAX_PAGE_BYTES:
+        raise Refused(f"has an index that takes {memory} bytes: not read; {FEWER_GROUPS}")
+    return MAGIC + index.replace(ARROW_SCHEMA, UNREAD) + tail[-8:]
 
 
 def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) -> dict[str, list[Any]]:
@@ -143,10 +162,6 @@ def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) ->
                 raise Refused(TOO_MUCH)
             for path, (first, *rest) in places.items():
                 column = pc.struct_field(batch[first], rest) if rest else batch[first]
-                try:
-                    column = column.cast(_plain(column.type))
-                except pa.ArrowException as error:
-                    raise ValueError(f"{path} does not unpack ({error}): damaged") from error
                 if is_text(column.type) and (pc.max(pc.binary_length(column)).as_py() or 0) > MAX_TEXT_BYTES:
                     raise ValueError(f"{path} has texts of more than {MAX_TEXT_BYTES} bytes")
                 found[path] += [same.setdefault(value, value) if isinstance(value, str) else value
@@ -156,7 +171,6 @@ def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) ->
 
 def _require_flat(path: str, kind: pa.DataType) -> None:
     """Raise ValueError for a column whose rows may take memory that the file has no bytes for."""
-    kind = _plain(kind)
     if not (is_text(kind) or any(is_kind(kind) for is_kind in NUMBERS)):
         raise ValueError(f"column {path} is of type {kind}; it must be of numbers or of texts")
 
@@ -267,11 +281,5 @@ class _Fetched(io.RawIOBase):
         return data
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """The type of values without the form that memory holds them in."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.string() if kind == pa.string_view() else kind
-
-
 def is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(_plain(kind)) or pa.types.is_large_string(_plain(kind))
+    return pa.types.is_string(kind)

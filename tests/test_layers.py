@@ -9,8 +9,8 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "mdt_ray"
-BASE = {"autocast", "config", "config_io", "presets", "processes", "scratch", "storage", "parquet_pages", "tables",
-        "run_folder", "checkpoints", "interrupts"}
+BASE = {"autocast", "config", "config_io", "presets", "processes", "scratch", "storage", "thrift", "parquet_index",
+        "parquet_pages", "tables", "run_folder", "checkpoints", "interrupts"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "models": BASE | {"models"},

@@ -26,7 +26,7 @@ STREAM_BYTES = 8 * 2**20
 1,024 rows where pyarrow wrote it."""
 MAX_PICTURE_BYTES = 64 * 2**20
 """Of a picture in Parquet. What is larger counts as unreadable: a file of a thousandth of that may unpack to it."""
-BYTES = (pa.binary(), pa.large_binary(), pa.binary_view(), pa.string(), pa.large_string())
+BYTES = (pa.binary(), pa.string())
 """Types of columns of pictures."""
 MAX_SURVEYED_BYTES = 2**25
 """Of a column of pictures in a row group, fetched at once to look at its pages first."""

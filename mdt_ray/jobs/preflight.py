@@ -10,12 +10,11 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray
 from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mdt_ray import run_folder, storage
+from mdt_ray import run_folder, storage, tables
 from mdt_ray.config import TrainConfig, WorkersConfig
 from mdt_ray.data import latents
 from mdt_ray.data.latents import LatentFile, Manifest
@@ -172,7 +171,7 @@ def _try_latents(folder: str, file: LatentFile, content: str) -> list[tuple[str,
             if not damage:
                 handle.read(4)
                 try:
-                    pq.read_metadata(handle)
+                    tables.open_handle(handle)
                 except ValueError as error:
                     damage = _reason(error)
         if damage:

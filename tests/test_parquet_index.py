@@ -1,0 +1,149 @@
+"""What opening Parquet takes by its index, against pyarrow's own memory for indices made to take much, and damage."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mdt_ray import parquet_index, tables
+from tests.conftest import ROOT
+
+EMPTY = b"\x26\x00\x00"
+"""A column's part of a row group, of which nothing is told."""
+
+
+def varint(value: int) -> bytes:
+    found = b""
+    while value > 127:
+        found, value = found + bytes([value & 127 | 128]), value >> 7
+    return found + bytes([value])
+
+
+def text(value: bytes) -> bytes:
+    return b"\x18" + varint(len(value)) + value
+
+
+def group(name: bytes, children: int) -> bytes:
+    return b"\x35\x02" + text(name) + b"\x15" + varint(2 * children) + b"\x00"
+
+
+def column(name: bytes) -> bytes:
+    return b"\x15\x02\x25\x02" + text(name) + b"\x00"
+
+
+def structs(*found: bytes) -> bytes:
+    return (bytes([16 * len(found) + 12]) if len(found) < 15 else b"\xfc" + varint(len(found))) + b"".join(found)
+
+
+def index(schema: list[bytes], groups: bytes = b"\x0c") -> bytes:
+    return b"\x15\x04\x19" + structs(*schema) + b"\x16\x00\x19" + groups + b"\x00"
+
+
+def write(path, made: bytes):
+    path.write_bytes(b"PAR1" + made + len(made).to_bytes(4, "little") + b"PAR1")
+    return path
+
+
+PLAIN = [group(b"schema", 1), column(b"x")]
+MADE = {
+    "long names": index([group(b"schema", 1), group(b"a" * 10**5, 10**4), *[column(b"%d" % i) for i in range(10**4)]]),
+    "deep": index([group(b"", 1)] * 95 + [group(b"", 60_000)] + [column(b"")] * 60_000),
+    "columns": index([group(b"schema", 400_000)] + [column(b"")] * 400_000),
+    "parts": index(PLAIN, structs(b"\x19" + structs(*[EMPTY] * 400_000) + b"\x16\x00\x16\x00\x00")),
+    "row groups": index(PLAIN, structs(*[b"\x19\x0c\x16\x00\x16\x00\x00"] * 2 * 10**6))}
+
+
+def growth(code: str, path) -> tuple[str, float]:
+    """What a process prints that opens a file, and the MiB that it grew by meanwhile."""
+    code = (f"import sys\nimport pyarrow.parquet as pq\nfrom mdt_ray import tables\n"
+            "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line)\n"
+            f"before = peak()\ntry:\n    {code}\nexcept ValueError as error:\n    print(error)\nprint(peak() - before)")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    *told, size = done.stdout.splitlines()
+    return " ".join(told), int(size) / 2**10
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_an_index_that_takes_much_memory_is_not_opened(tmp_path, kind):
+    path = write(tmp_path / "x.parquet", MADE[kind])
+    told, size = growth("tables.read_values(sys.argv[1])", path)
+    assert "x.parquet: has an index " in told
+    assert "not read; write it with larger row groups" in told
+    assert size < 200
+
+
+def test_what_is_told_of_an_index_is_about_what_it_takes(tmp_path):
+    made = {"long names": index([group(b"s", 1), group(b"a" * 2**14, 5000), *[column(b"%d" % i) for i in range(5000)]]),
+            "deep": index([group(b"", 1)] * 95 + [group(b"", 20_000)] + [column(b"")] * 20_000),
+            "columns": index([group(b"schema", 50_000)] + [column(b"")] * 50_000),
+            "parts": index(PLAIN, structs(b"\x19" + structs(*[EMPTY] * 100_000) + b"\x16\x00\x16\x00\x00"))}
+    for kind, data in made.items():
+        _, size = growth("pq.ParquetFile(sys.argv[1]).schema_arrow", write(tmp_path / "x.parquet", data))
+        assert 0.2 < size * 2**20 / parquet_index.memory_of(memoryview(data)) < 2.5, kind
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("version", ["1.0", "2.6"])
+def test_ordinary_files_are_opened_whatever_is_in_them(tmp_path, monkeypatch, version, compression):
+    monkeypatch.setattr(tables, "SMALL_INDEX_BYTES", 0)
+    rows = 2000
+    pairs = pa.array([{"bytes": b"x" * (i % 7), "path": f"a/{i}"} for i in range(rows)])
+    table = pa.table({"id": [f"{i}" for i in range(rows)], "label": np.arange(rows), "share": np.arange(rows) / 7,
+                      "when": pa.array(range(rows), pa.timestamp("us", "UTC")), "held": [i % 2 == 0 for i in range(rows)],
+                      "half": np.arange(rows, dtype=np.float16), "pair": pairs, "many": [[i] * (i % 3) for i in range(rows)],
+                      "none": pa.nulls(rows), "some": [None if i % 3 else i for i in range(rows)]},
+                     metadata={"mdt_ray.note": "x" * 10_000})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=5, version=version, compression=compression,
+                   write_page_index=True, store_decimal_as_integer=True)
+    with pa.OSFile(str(tmp_path / "x.parquet")) as handle:
+        file = tables.open_handle(handle)
+        assert file.metadata.serialized_size > tables.TAIL_BYTES
+        assert file.num_row_groups == 400
+        assert file.schema_arrow.names == table.schema.names
+        names = ["id", "label", "share", "held", "half", "none", "some"]
+        assert tables.values(file, handle, [*names, "pair.path"]) == {
+            **table.select(names).to_pydict(), "pair.path": [f"a/{i}" for i in range(rows)]}
+
+
+def test_a_table_keeps_its_own_notes_and_none_of_arrows(tmp_path):
+    path = str(tmp_path / "x.parquet")
+    tables.write(path, pa.table({"a": ["x", "y"]}, metadata={"mdt_ray.place": "here"}))
+    for _ in range(3):
+        found = tables.read(path)
+        assert found.schema.metadata == {b"mdt_ray.place": b"here"}
+        tables.write(path, found)
+
+
+TRUE = index([group(b"schema", 2), group(b"a", 1), column(b"b"), column(b"c")])
+
+
+def test_names_of_columns_are_those_of_their_groups():
+    """schema.a.b and schema.c; four structs."""
+    letters, names = len("schema" "a" "b" "schema" "c"), 5
+    assert parquet_index.memory_of(memoryview(TRUE)) == (
+        letters * parquet_index.LETTER_BYTES + names * parquet_index.NAME_BYTES + 4 * parquet_index.STRUCT_BYTES)
+
+
+@pytest.mark.parametrize("made", [
+    b"", TRUE[:-1], TRUE[:9], b"\xff" * 40,
+    TRUE[:-1] + b"\x09\x04" + TRUE[3:],  # another schema, with its number in full
+    TRUE.replace(b"\x19\x4c", b"\x19\x48", 1),  # of texts
+    TRUE.replace(b"\x19\x4c", b"\x19\xfc\xff\xff\xff\xff\x07", 1),  # of more than there are bytes
+    TRUE.replace(b"\x18\x01b", b"\x15\x01\x00", 1),  # a column without a name
+    TRUE.replace(b"\x18\x01b", b"\x18\xff\xff\xff\xff\x07b", 1),
+    TRUE[:-1] + b"\x19" * 40 + b"\x00" * 80,  # lists in lists
+    TRUE[:-1] + b"\x1b\x00\x00"])  # a type that Parquet does not use
+def test_damaged_indices_are_told(made):
+    with pytest.raises(ValueError, match="has no readable index: damaged"):
+        parquet_index.memory_of(memoryview(made))
+
+
+@pytest.mark.parametrize("made", [
+    b"PAR1", b"", b"x" * 100, b"PAR1" + b"\xff\xff\xff\x00PAR1", b"PAR1" + bytes(20) + b"PARE"])
+def test_what_does_not_end_as_parquet_is_told(tmp_path, made):
+    (tmp_path / "x.parquet").write_bytes(made)
+    with pytest.raises(ValueError, match=r"x.parquet: does not end as a Parquet file does: cut off, or none"):
+        tables.read(str(tmp_path / "x.parquet"))
