@@ -2,47 +2,60 @@
 
 An index of a megabyte may take gigabytes: each column gets the names of all groups that it lies in, and what is left out
 of a struct takes memory as well. Looks at nothing else in it.
-Source: the format's parquet.thrift (FileMetaData, SchemaElement), and pyarrow as measured.
+Source: the format's parquet.thrift (FileMetaData), and pyarrow as measured.
 """
 
 from mdt_ray import thrift
-from mdt_ray.thrift import BINARY, INT32, LIST, STRUCT
+from mdt_ray.thrift import BINARY, INT32, INT64, LIST, STRUCT, List, Struct
 
-SCHEMA, NAME, CHILDREN = (2, LIST), (4, BINARY), (5, INT32)
-"""Where they are in their struct."""
-STRUCT_BYTES, NAME_BYTES, LETTER_BYTES = 1024, 64, 8
-"""Memory for a struct of a list, and for each name in a column's whole one."""
+PAIRS, TEXTS, NUMBERS = List(STRUCT, 256), List(BINARY, 32), List(INT64, 8)
+COLUMN = Struct({2: List(INT32, 4), 3: TEXTS, 8: PAIRS, 13: List(STRUCT, 16), 16: Struct({2: NUMBERS, 3: NUMBERS}),
+                 17: Struct({2: List(INT32, 4)})})
+"""Of a row group: encodings, path, notes, statistics of encodings, of sizes and of places."""
+COLUMNS = List(STRUCT, 1536, Struct({3: COLUMN, 8: Struct({2: Struct({1: TEXTS})})}))
+ROW_GROUPS = List(STRUCT, 256, Struct({1: COLUMNS, 4: List(STRUCT, 16)}))
+SCHEMA = List(STRUCT, 1024)
+FILE = Struct({2: SCHEMA, 4: ROW_GROUPS, 5: PAIRS, 7: List(STRUCT, 64)})
+"""All lists that readers know, and memory for each value of them."""
+NAME, CHILDREN = (4, BINARY), (5, INT32)
+"""Of a column or a group in the schema."""
+MAX_NAME_BYTES = 1024
+NAME_BYTES, LETTER_BYTES = 64, 16
+"""Memory for each name in a column's or a group's whole one."""
 
 
-def memory_of(index: memoryview) -> int:
-    """Bytes that pyarrow takes for an index, to a factor of two or so. Raises ValueError for what is none."""
-    walk, taken, number = thrift.Walk(index), 0, 0
+def memory_of(index: bytes) -> int:
+    """Bytes that pyarrow takes for an index, to a factor of two or three. Raises ValueError for what is none."""
+    walk, names, number = thrift.Walk(index), 0, 0
     try:
-        while field := walk.field(number):
-            number, kind = field
-            taken += _names(walk) if field == SCHEMA else 0 * walk.value(kind, 1)
+        while place := walk.field(number):
+            number, kind = place
+            if place == (2, LIST):
+                names = _names(walk)
+            else:
+                walk.value(kind, FILE.fields.get(number), 1)
+        if walk.at != len(index):
+            raise ValueError
     except (ValueError, LookupError) as error:
         raise ValueError("has no readable index: damaged") from error
-    return taken + STRUCT_BYTES * walk.structs
+    return names + walk.bytes
 
 
 def _names(walk: thrift.Walk) -> int:
-    """Bytes for the whole names of the columns of the schema that begins: groups come before what is in them."""
+    """Bytes for the whole names of the schema that begins: groups come before what is in them."""
     taken = 0
     groups: list[tuple[int, int]] = []
     """That are not complete: how many are missing, and the bytes of a name in it."""
-    size, kind = walk.list()
-    if kind != STRUCT:
-        raise ValueError
-    for _ in range(size):
-        found = walk.struct(2)
+    for _ in range(walk.list(SCHEMA)[0]):
+        found = walk.struct(SCHEMA.struct, 2)
+        if found[NAME] > MAX_NAME_BYTES:
+            raise ValueError
         name = (groups[-1][1] if groups else 0) + NAME_BYTES + LETTER_BYTES * found[NAME]
+        taken += name
         if groups:
             groups[-1] = groups[-1][0] - 1, groups[-1][1]
         if (children := found.get(CHILDREN, 0)) > 0:
             groups.append((children, name))
-        else:
-            taken += name
         while groups and not groups[-1][0]:
             groups.pop()
     return taken

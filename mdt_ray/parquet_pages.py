@@ -7,7 +7,7 @@ Source: the format's parquet.thrift (PageHeader).
 from dataclasses import dataclass
 
 from mdt_ray import thrift
-from mdt_ray.thrift import INT32, STRUCT
+from mdt_ray.thrift import INT32, STRUCT, Struct
 
 KIND, UNPACKED, PACKED, CHECKSUM = 1, 2, 3, 4
 """Fields of a PageHeader, of which the first three are in all; structs come after them. Bytes are without the header."""
@@ -60,14 +60,14 @@ def survey(data: memoryview) -> Pages:
 def _header(walk: thrift.Walk) -> tuple[dict[int, int], set[int]]:
     """Whole numbers of the page's header that begins by the number of their field, and the encodings that it names."""
     found, encodings, number = {}, set(), 0
-    while field := walk.field(number):
-        number, kind = field
+    while place := walk.field(number):
+        number, kind = place
         if number > CHECKSUM and kind == STRUCT:
-            numbers = walk.struct(1)
+            numbers = walk.struct(Struct(), 1)
             if number in ENCODING:
                 encodings.add(numbers[ENCODING[number], INT32])
         elif number <= CHECKSUM and kind == INT32:
-            found[number] = walk.value(kind, 1)
+            found[number] = walk.value(kind, None, 1)
             if number != CHECKSUM and found[number] < 0:
                 raise ValueError
         else:

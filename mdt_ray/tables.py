@@ -32,8 +32,8 @@ ROW_BYTES = 16
 """Of a value in memory, also where a column holds nothing."""
 MAGIC = b"PAR1"
 """First and last in a file."""
-TAIL_BYTES, SMALL_INDEX_BYTES, MAX_INDEX_BYTES = 2**16, 2**15, 2**24
-"""Of an index: asked for at once; that takes no more than some 2^28 in memory, however it is made; and at most."""
+TAIL_BYTES, MAX_INDEX_BYTES, MAX_INDEX_MEMORY = 2**16, 2**24, 2**28
+"""Of an index: asked for at once; at most; and in memory, at most, where a column of a row group has 1.6 kB."""
 ARROW_SCHEMA, UNREAD = b"ARROW:schema", b"arrow_schema"
 """Key of what Arrow knows of the columns beyond Parquet, and one of the same length that it does not look for."""
 FEWER_GROUPS = "write it with larger row groups and shorter names"
@@ -111,11 +111,14 @@ def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(handle, metadata=pq.read_metadata(pa.BufferReader(index)), **options)
         names = file.schema_arrow.names
-    except (OSError, pa.ArrowException) as error:  # pyarrow's form for either
-        raise ValueError(str(error)) from error
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from None  # it is no outage: nothing was asked of the store
     if again := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"has more than one column {', '.join(again)}")
-    count, counts = file.metadata.num_rows, [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+    groups = [file.metadata.row_group(k) for k in range(file.num_row_groups)]
+    if any(group.num_columns != file.metadata.num_columns for group in groups):
+        raise ValueError("has row groups of other columns than its schema: damaged")
+    count, counts = file.metadata.num_rows, [group.num_rows for group in groups]
     if count > 4 * handle.size():
         raise Refused(f"has {count} rows in {handle.size()} bytes: not read")
     if min(counts, default=0) < 0 or sum(counts) != count:
@@ -136,7 +139,7 @@ def _index(handle: pa.NativeFile) -> bytes:
     if length + 8 > len(tail):
         tail = handle.read_at(length + 8, size - length - 8)
     index = tail[-8 - length:-8]
-    if length > SMALL_INDEX_BYTES and (memory := parquet_index.memory_of(memoryview(index))) > MAX_PAGE_BYTES:
+    if (memory := parquet_index.memory_of(index)) > MAX_INDEX_MEMORY:
         raise Refused(f"has an index that takes {memory} bytes: not read; {FEWER_GROUPS}")
     return MAGIC + index.replace(ARROW_SCHEMA, UNREAD) + tail[-8:]
 

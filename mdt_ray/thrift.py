@@ -1,10 +1,14 @@
-"""Thrift's compact protocol, read as strictly as it is written, so that no other reader takes bytes for something else.
+"""Thrift's compact protocol, read as strictly as it is written.
 
 Parquet's headers and indices are in it. Not a parser of them: it keeps whole numbers and lengths, and steps over the rest.
+Readers take a list that they know for one of the values that they expect, whatever type it names; so must who looks first,
+and says which lists there are.
 Source: Thrift's specification, "compact protocol encoding".
 """
 
-FLAGS, BYTE, INTEGERS, INT32, DOUBLE, BINARY, LIST, STRUCT = {1, 2}, 3, {4, 5, 6}, 5, 7, 8, 9, 12
+from dataclasses import dataclass, field
+
+FLAGS, BYTE, INTEGERS, INT32, INT64, DOUBLE, BINARY, LIST, STRUCT = {1, 2}, 3, {4, 5, 6}, 5, 6, 7, 8, 9, 12
 """Types of values."""
 LAST = 64
 """Number that no field of Parquet reaches."""
@@ -15,20 +19,36 @@ Numbers = dict[tuple[int, int], int]
 over a field of another type than it knows.)"""
 
 
+@dataclass(frozen=True)
+class Struct:
+    """Fields of a struct that hold lists, somewhere, by their number."""
+
+    fields: "dict[int, Struct | List]" = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class List:
+    """Of values that are of one type, each of which takes some memory."""
+
+    kind: int
+    bytes: int
+    struct: Struct = Struct()
+
+
 class Walk:
     """Bytes, and where in them the next value begins. All raise ValueError or IndexError for what is damaged."""
 
-    def __init__(self, data: memoryview, at: int = 0):
-        self.data, self.at = data, at
-        self.structs = 0
-        """In lists, so far."""
+    def __init__(self, data: memoryview | bytes):
+        self.data, self.at = data, 0
+        self.bytes = 0
+        """For the known lists so far."""
 
-    def struct(self, depth: int = 0) -> Numbers:
+    def struct(self, known: Struct, depth: int) -> Numbers:
         found: Numbers = {}
         number = 0
-        while field := self.field(number):
-            number, kind = field
-            found[field] = self.value(kind, depth + 1)
+        while place := self.field(number):
+            number, kind = place
+            found[place] = self.value(kind, known.fields.get(number), depth + 1)
         return found
 
     def field(self, before: int) -> tuple[int, int] | None:
@@ -37,12 +57,12 @@ class Walk:
         self.at += 1
         if not head:
             return None
-        step, kind = divmod(head, 16)
-        if not step or before + step > LAST:  # a number in full, which no field here needs, or one that wraps around
+        number = before + (head >> 4)
+        if head < 16 or number > LAST:  # a number in full, which no field here needs, or one that wraps around
             raise ValueError
-        return before + step, kind
+        return number, head & 15
 
-    def value(self, kind: int, depth: int) -> int:
+    def value(self, kind: int, known: Struct | List | None, depth: int) -> int:
         """A whole number, the length of a text or a list; 0 for others."""
         if kind in INTEGERS:
             value = self.varint()
@@ -56,11 +76,12 @@ class Walk:
         if depth == DEEPEST:
             raise ValueError
         if kind == STRUCT:
-            self.struct(depth)
+            self.struct(known if isinstance(known, Struct) else Struct(), depth)
         elif kind == LIST:
-            size, kind = self.list()
+            size, kind = self.list(known if isinstance(known, List) else None)
+            inner = known.struct if isinstance(known, List) else None
             for _ in range(size):
-                self.value(BYTE if kind in FLAGS else kind, depth + 1)
+                self.value(BYTE if kind in FLAGS else kind, inner, depth + 1)
             return size
         elif kind in (BYTE, DOUBLE):
             self.at += 1 if kind == BYTE else 8
@@ -68,14 +89,17 @@ class Walk:
             raise ValueError
         return 0
 
-    def list(self) -> tuple[int, int]:
+    def list(self, known: List | None) -> tuple[int, int]:
         """Size and type of the values of the list that begins."""
-        size, kind = divmod(self.data[self.at], 16)
+        size, kind = self.data[self.at] >> 4, self.data[self.at] & 15
         self.at += 1
         size = self.length() if size == 15 else size
         if size > len(self.data) - self.at:  # each has a byte
             raise ValueError
-        self.structs += size if kind == STRUCT else 0
+        if known and size:
+            if kind != known.kind:
+                raise ValueError
+            self.bytes += size * known.bytes
         return size, kind
 
     def length(self) -> int:
@@ -85,8 +109,12 @@ class Walk:
         return length
 
     def varint(self) -> int:
-        value = 0
-        for shift in range(0, 70, 7):
+        value = self.data[self.at]
+        self.at += 1
+        if value < 128:
+            return value
+        value &= 127
+        for shift in range(7, 70, 7):
             byte = self.data[self.at]
             self.at += 1
             value |= (byte & 127) << shift

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mdt_ray import parquet_index, tables
+from mdt_ray import parquet_index, storage, tables
 from tests.conftest import ROOT
 
 EMPTY = b"\x26\x00\x00"
@@ -48,19 +48,38 @@ def write(path, made: bytes):
 
 
 PLAIN = [group(b"schema", 1), column(b"x")]
+LETTERS = "\N{GRINNING FACE}".encode() + b"a" * 1000
+"""Of a name, of which Python takes four bytes for each."""
+
+
+def chains(count: int, levels: int = 96) -> bytes:
+    """Columns that each lie in groups of their own."""
+    names = [[group(LETTERS if k == 1 else b"%d" % i if k == 0 else b"", 1) for k in range(levels)] for i in range(count)]
+    return index([group(b"schema", count), *(part for chain in names for part in [*chain, column(b"")])])
+
+
+def parts(columns: int, paths: bytes = b"") -> bytes:
+    """A row group with columns of which nothing is told but their paths."""
+    return structs(b"\x19" + structs(*[b"\x26\x00" + paths + b"\x00"] * columns) + b"\x16\x00\x16\x00\x00")
+
+
 MADE = {
-    "long names": index([group(b"schema", 1), group(b"a" * 10**5, 10**4), *[column(b"%d" % i) for i in range(10**4)]]),
-    "deep": index([group(b"", 1)] * 95 + [group(b"", 60_000)] + [column(b"")] * 60_000),
-    "columns": index([group(b"schema", 400_000)] + [column(b"")] * 400_000),
-    "parts": index(PLAIN, structs(b"\x19" + structs(*[EMPTY] * 400_000) + b"\x16\x00\x16\x00\x00")),
-    "row groups": index(PLAIN, structs(*[b"\x19\x0c\x16\x00\x16\x00\x00"] * 2 * 10**6))}
+    "names": index([group(b"schema", 1), group(b"a" * 10**3, 60_000), *[column(b"%d" % i) for i in range(60_000)]]),
+    "deep": index([group(b"", 1)] * 95 + [group(b"", 100_000)] + [column(b"")] * 100_000),
+    "chains": chains(400),
+    "columns": index([group(b"schema", 300_000)] + [column(b"")] * 300_000),
+    "parts": index(PLAIN, parts(200_000)),
+    "paths": index(PLAIN, parts(18, b"\x1c\x39\xf8" + varint(900_000) + bytes(900_000) + b"\x00")),
+    "row groups": index(PLAIN, structs(*[b"\x19\x0c\x16\x00\x16\x00\x00"] * (2 * 10**6 + 2 * 10**5))),
+    "long": index(PLAIN) + bytes(2**24)}
 
 
 def growth(code: str, path) -> tuple[str, float]:
     """What a process prints that opens a file, and the MiB that it grew by meanwhile."""
     code = (f"import sys\nimport pyarrow.parquet as pq\nfrom mdt_ray import tables\n"
             "def peak(): return next(int(line.split()[1]) for line in open('/proc/self/status') if 'VmHWM' in line)\n"
-            f"before = peak()\ntry:\n    {code}\nexcept ValueError as error:\n    print(error)\nprint(peak() - before)")
+            f"before = peak()\ntry:\n    {code}\nexcept (OSError, ValueError) as error:\n    print(error)\n"
+            "print(peak() - before)")
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
     *told, size = done.stdout.splitlines()
     return " ".join(told), int(size) / 2**10
@@ -76,19 +95,33 @@ def test_an_index_that_takes_much_memory_is_not_opened(tmp_path, kind):
 
 
 def test_what_is_told_of_an_index_is_about_what_it_takes(tmp_path):
-    made = {"long names": index([group(b"s", 1), group(b"a" * 2**14, 5000), *[column(b"%d" % i) for i in range(5000)]]),
+    made = {"names": index([group(b"s", 1), group(b"a" * 10**3, 20_000), *[column(b"%d" % i) for i in range(20_000)]]),
             "deep": index([group(b"", 1)] * 95 + [group(b"", 20_000)] + [column(b"")] * 20_000),
+            "chains": chains(100),
             "columns": index([group(b"schema", 50_000)] + [column(b"")] * 50_000),
-            "parts": index(PLAIN, structs(b"\x19" + structs(*[EMPTY] * 100_000) + b"\x16\x00\x16\x00\x00"))}
+            "parts": index(PLAIN, parts(100_000))}
     for kind, data in made.items():
         _, size = growth("pq.ParquetFile(sys.argv[1]).schema_arrow", write(tmp_path / "x.parquet", data))
-        assert 0.2 < size * 2**20 / parquet_index.memory_of(memoryview(data)) < 2.5, kind
+        assert 0.2 < size * 2**20 / parquet_index.memory_of(data) < 2.5, kind
+
+
+HUGE = b"\xfc" + varint(999_999)
+"""A list of structs that are not there, for which a reader makes room at once."""
+
+
+@pytest.mark.parametrize("made", [
+    b"\x15\x04\x19" + HUGE, index(PLAIN, HUGE + b"\x19" + HUGE), index(PLAIN, HUGE + b"\x19" + HUGE + b"\x3c\x89" + HUGE),
+    # Nine bytes by their type, and row groups to a reader that knows better, with another schema behind them.
+    b"\x15\x04\x19" + structs(*PLAIN) + b"\x16\x00\x19\x93" + b"\xf8\x09" + bytes(9) + index(PLAIN)[3:]])
+def test_lists_that_readers_take_for_others_are_damage(tmp_path, made):
+    told, size = growth("tables.read_values(sys.argv[1])", write(tmp_path / "x.parquet", made))
+    assert "x.parquet: has no readable index: damaged" in told
+    assert size < 20
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize("version", ["1.0", "2.6"])
-def test_ordinary_files_are_opened_whatever_is_in_them(tmp_path, monkeypatch, version, compression):
-    monkeypatch.setattr(tables, "SMALL_INDEX_BYTES", 0)
+def test_ordinary_files_are_opened_whatever_is_in_them(tmp_path, version, compression):
     rows = 2000
     pairs = pa.array([{"bytes": b"x" * (i % 7), "path": f"a/{i}"} for i in range(rows)])
     table = pa.table({"id": [f"{i}" for i in range(rows)], "label": np.arange(rows), "share": np.arange(rows) / 7,
@@ -117,14 +150,36 @@ def test_a_table_keeps_its_own_notes_and_none_of_arrows(tmp_path):
         tables.write(path, found)
 
 
+def test_a_plan_of_many_parts_is_opened(tmp_path):
+    """Twenty thousand, as a million pictures make in chunks of 64."""
+    path = str(tmp_path / "plan.parquet")
+    table = pa.table({name: np.arange(20_000) for name in ("index", "label", "offset", "size", "file")})
+    tables.write(path, table, row_group_size=1)
+    with pa.OSFile(path) as handle:
+        assert tables.open_handle(handle).num_row_groups == 20_000
+
+
+def test_damage_is_no_outage_of_a_store(tmp_path):
+    """pyarrow tells both as OSError: here of groups in each other, deeper than it goes."""
+    path = write(tmp_path / "x.parquet", index([group(b"a", 1)] * 200 + [column(b"x")]))
+    with pytest.raises(ValueError, match=r"x.parquet: Parquet schema too deeply nested"), storage.outages_told():
+        tables.read(str(path))
+
+
+def test_row_groups_of_other_columns_are_damage(tmp_path):
+    path = write(tmp_path / "x.parquet", index([group(b"s", 2), column(b"x"), column(b"y")], parts(1)))
+    with pytest.raises(ValueError, match=r"x.parquet: has row groups of other columns than its schema: damaged"):
+        tables.read(str(path))
+
+
 TRUE = index([group(b"schema", 2), group(b"a", 1), column(b"b"), column(b"c")])
 
 
-def test_names_of_columns_are_those_of_their_groups():
-    """schema.a.b and schema.c; four structs."""
-    letters, names = len("schema" "a" "b" "schema" "c"), 5
-    assert parquet_index.memory_of(memoryview(TRUE)) == (
-        letters * parquet_index.LETTER_BYTES + names * parquet_index.NAME_BYTES + 4 * parquet_index.STRUCT_BYTES)
+def test_names_are_those_of_their_groups_too():
+    """schema, schema.a, schema.a.b, and schema.c; four structs."""
+    letters, names = len("schema" "schemaa" "schemaab" "schemac"), 1 + 2 + 3 + 2
+    assert parquet_index.memory_of(TRUE) == (letters * parquet_index.LETTER_BYTES + names * parquet_index.NAME_BYTES
+                                             + 4 * parquet_index.SCHEMA.bytes)
 
 
 @pytest.mark.parametrize("made", [
@@ -134,11 +189,12 @@ def test_names_of_columns_are_those_of_their_groups():
     TRUE.replace(b"\x19\x4c", b"\x19\xfc\xff\xff\xff\xff\x07", 1),  # of more than there are bytes
     TRUE.replace(b"\x18\x01b", b"\x15\x01\x00", 1),  # a column without a name
     TRUE.replace(b"\x18\x01b", b"\x18\xff\xff\xff\xff\x07b", 1),
+    TRUE.replace(b"\x18\x01b", text(b"b" * 1025), 1), TRUE + b"\x00",
     TRUE[:-1] + b"\x19" * 40 + b"\x00" * 80,  # lists in lists
     TRUE[:-1] + b"\x1b\x00\x00"])  # a type that Parquet does not use
 def test_damaged_indices_are_told(made):
     with pytest.raises(ValueError, match="has no readable index: damaged"):
-        parquet_index.memory_of(memoryview(made))
+        parquet_index.memory_of(made)
 
 
 @pytest.mark.parametrize("made", [

@@ -70,7 +70,7 @@ def test_damaged_and_other_latents_are_refused(manifest, tmp_path):
     assert_lines(refusal(manifest, folder, tmp_path / "out"), rf"{NODE}{folder} holds other latents than the driver's; put")
     path = folder / manifest.files[0].name
     path.write_bytes(b"\0" * manifest.files[0].num_bytes)
-    assert_lines(refusal(manifest, folder, tmp_path / "out"), rf"{NODE}{path}: ArrowInvalid: .*; run the same `mdt-r")
+    assert_lines(refusal(manifest, folder, tmp_path / "out"), rf"{NODE}{path}: ValueError: .*; run the same `mdt-r")
     path.write_bytes(b"PAR1")
     assert_lines(refusal(manifest, folder, tmp_path / "out"), rf"{NODE}{path}: 4 bytes, must be \d+ \(truncated .*; run")
 
