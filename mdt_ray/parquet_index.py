@@ -24,8 +24,9 @@ NAME_BYTES, LETTER_BYTES = 64, 16
 """Memory for each name in a column's or a group's whole one."""
 
 
-def memory_of(index: bytes) -> int:
-    """Bytes that pyarrow takes for an index, to a factor of two or three. Raises ValueError for what is none."""
+def memory_of(index: memoryview | bytes) -> int:
+    """Bytes that pyarrow takes for an index, to a factor of five. Raises ValueError for what is none, and for one with
+    names of more than MAX_NAME_BYTES."""
     walk, names, number = thrift.Walk(index), 0, 0
     try:
         while place := walk.field(number):

@@ -31,7 +31,7 @@ DICTIONARY_FACTOR = 5
 ROW_BYTES = 16
 """Of a value in memory, also where a column holds nothing."""
 MAGIC = b"PAR1"
-"""First and last in a file."""
+"""Last in a file."""
 TAIL_BYTES, MAX_INDEX_BYTES, MAX_INDEX_MEMORY = 2**16, 2**24, 2**28
 """Of an index: asked for at once; at most; and in memory, at most, where a column of a row group has 1.6 kB."""
 ARROW_SCHEMA, UNREAD = b"ARROW:schema", b"arrow_schema"
@@ -107,9 +107,9 @@ def _parsed(uri: str, parse: Callable[[bytes], T]) -> T:
 def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
     """An open file as Parquet, with pyarrow's options. Raises Refused for what no table of ours, and no data set, needs: an
     index that takes much memory, and many more rows than bytes; ValueError for an index that is damaged."""
-    index = _index(handle)
+    end = _end(handle)
     try:
-        file = pq.ParquetFile(handle, metadata=pq.read_metadata(pa.BufferReader(index)), **options)
+        file = pq.ParquetFile(handle, metadata=pq.read_metadata(pa.BufferReader(end)), **options)
         names = file.schema_arrow.names
     except (OSError, pa.ArrowException) as error:
         raise ValueError(str(error)) from None  # it is no outage: nothing was asked of the store
@@ -126,22 +126,21 @@ def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
     return file
 
 
-def _index(handle: pa.NativeFile) -> bytes:
-    """The index of a file as a file of its own, without what Arrow knows of the columns beyond Parquet: that may take any
+def _end(handle: pa.NativeFile) -> bytes:
+    """A file's index and what follows it, without what Arrow knows of the columns beyond Parquet: that may take any
     memory too, and name types that Python makes (Ray registers one that unpickles them)."""
     size = handle.size()
-    tail = handle.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0))
+    tail = memoryview(handle.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0)))
     length = int.from_bytes(tail[-8:-4], "little")
     if tail[-4:] != MAGIC or length + 8 > size:
         raise ValueError("does not end as a Parquet file does: cut off, or none")
     if length > MAX_INDEX_BYTES:
         raise Refused(f"has an index of {length} bytes: not read; {FEWER_GROUPS}")
     if length + 8 > len(tail):
-        tail = handle.read_at(length + 8, size - length - 8)
-    index = tail[-8 - length:-8]
-    if (memory := parquet_index.memory_of(index)) > MAX_INDEX_MEMORY:
+        tail = memoryview(handle.read_at(length + 8, size - length - 8))
+    if (memory := parquet_index.memory_of(tail[-8 - length:-8])) > MAX_INDEX_MEMORY:
         raise Refused(f"has an index that takes {memory} bytes: not read; {FEWER_GROUPS}")
-    return MAGIC + index.replace(ARROW_SCHEMA, UNREAD) + tail[-8:]
+    return bytes(tail[-8 - length:]).replace(ARROW_SCHEMA, UNREAD)
 
 
 def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) -> dict[str, list[Any]]:

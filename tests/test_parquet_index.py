@@ -11,9 +11,6 @@ import pytest
 from mdt_ray import parquet_index, storage, tables
 from tests.conftest import ROOT
 
-EMPTY = b"\x26\x00\x00"
-"""A column's part of a row group, of which nothing is told."""
-
 
 def varint(value: int) -> bytes:
     found = b""

@@ -134,6 +134,7 @@ def test_memory_does_not_grow_with_the_folder(tmp_path, monkeypatch):
     queries, peaks = scaled(normal(8, seed=2, shape=(4, 8, 8))), {}
     for count in (1000, 1000, 8000):  # (the first one also imports and fills caches)
         folder = tmp_path / str(count)
+        # (An index grows with its row groups, and is held as bytes while it is looked at.)
         manifest = write(folder, normal(count, shape=(4, 8, 8)), rows_per_group=200)
         tracemalloc.start()
         nearest(queries, str(folder), manifest)
