@@ -1,9 +1,11 @@
 """What a reader takes to open a Parquet file, by the file's index.
 
 An index of a megabyte may take gigabytes: each column gets the names of all groups that it lies in, and what is left out
-of a struct takes memory as well. Looks at nothing else in it.
+of a struct takes memory as well. Each row group that is read takes time for all of the schema. Looks at nothing else.
 Source: the format's parquet.thrift (FileMetaData), and pyarrow as measured.
 """
+
+from dataclasses import dataclass
 
 from mdt_ray import thrift
 from mdt_ray.thrift import BINARY, INT32, INT64, LIST, STRUCT, List, Struct
@@ -19,38 +21,50 @@ FILE = Struct({2: SCHEMA, 4: ROW_GROUPS, 5: PAIRS, 7: List(STRUCT, 64)})
 """All lists that readers know, and memory for each value of them."""
 NAME, CHILDREN = (4, BINARY), (5, INT32)
 """Of a column or a group in the schema."""
-MAX_NAME_BYTES = 1024
 NAME_BYTES, LETTER_BYTES = 64, 16
 """Memory for each name in a column's or a group's whole one."""
 
 
-def memory_of(index: memoryview | bytes) -> int:
-    """Bytes that pyarrow takes for an index, to a factor of five. Raises ValueError for what is none, and for one with
-    names of more than MAX_NAME_BYTES."""
-    walk, names, number = thrift.Walk(index), 0, 0
+@dataclass(frozen=True)
+class Size:
+    """Of an index."""
+
+    columns: int
+    """Of the schema, with their groups."""
+    row_groups: int
+    longest: int
+    """Bytes of the longest name of these columns."""
+    memory: int
+    """Bytes that pyarrow takes for it, to a factor of five."""
+
+
+def size_of(index: memoryview | bytes) -> Size:
+    """Raises ValueError for what is no index."""
+    walk, names, taken, row_groups, number = thrift.Walk(index), [], 0, 0, 0
     try:
         while place := walk.field(number):
             number, kind = place
             if place == (2, LIST):
-                names = _names(walk)
+                names, taken = _names(walk)
+            elif place == (4, LIST):
+                row_groups = walk.value(kind, ROW_GROUPS, 1)
             else:
                 walk.value(kind, FILE.fields.get(number), 1)
         if walk.at != len(index):
             raise ValueError
     except (ValueError, LookupError) as error:
         raise ValueError("has no readable index: damaged") from error
-    return names + walk.bytes
+    return Size(len(names), row_groups, max(names, default=0), taken + walk.bytes)
 
 
-def _names(walk: thrift.Walk) -> int:
-    """Bytes for the whole names of the schema that begins: groups come before what is in them."""
-    taken = 0
+def _names(walk: thrift.Walk) -> tuple[list[int], int]:
+    """Bytes of each name of the schema that begins, and memory for the whole ones: groups come before what is in them."""
+    names, taken = [], 0
     groups: list[tuple[int, int]] = []
     """That are not complete: how many are missing, and the bytes of a name in it."""
     for _ in range(walk.list(SCHEMA)[0]):
         found = walk.struct(SCHEMA.struct, 2)
-        if found[NAME] > MAX_NAME_BYTES:
-            raise ValueError
+        names.append(found[NAME])
         name = (groups[-1][1] if groups else 0) + NAME_BYTES + LETTER_BYTES * found[NAME]
         taken += name
         if groups:
@@ -59,4 +73,4 @@ def _names(walk: thrift.Walk) -> int:
             groups.append((children, name))
         while groups and not groups[-1][0]:
             groups.pop()
-    return taken
+    return names, taken

@@ -34,9 +34,12 @@ MAGIC = b"PAR1"
 """Last in a file."""
 TAIL_BYTES, MAX_INDEX_BYTES, MAX_INDEX_MEMORY = 2**16, 2**24, 2**28
 """Of an index: asked for at once; at most; and in memory, at most, where a column of a row group has 1.6 kB."""
+MAX_COLUMNS, MAX_PLACES, MAX_NAME_BYTES = 2**12, 2**20, 2**10
+"""Of a schema, with its groups; that times the row groups, each of which takes a microsecond for each column of the schema;
+and of a name."""
 ARROW_SCHEMA, UNREAD = b"ARROW:schema", b"arrow_schema"
 """Key of what Arrow knows of the columns beyond Parquet, and one of the same length that it does not look for."""
-FEWER_GROUPS = "write it with larger row groups and shorter names"
+FEWER = "write it with larger row groups, and with fewer columns of shorter names"
 MAX_UNPACKED = 100
 """Bytes of a table for each of its file, beyond BATCH_BYTES, at most."""
 TOO_MUCH = f"unpacks to more than {MAX_UNPACKED} times its size: not read"
@@ -114,7 +117,7 @@ def open_handle(handle: pa.NativeFile, **options: Any) -> pq.ParquetFile:
     except (OSError, pa.ArrowException) as error:
         raise ValueError(str(error)) from None  # it is no outage: nothing was asked of the store
     if again := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"has more than one column {', '.join(again)}")
+        raise ValueError(f"has more than one column {again[0]}")
     groups = [file.metadata.row_group(k) for k in range(file.num_row_groups)]
     if any(group.num_columns != file.metadata.num_columns for group in groups):
         raise ValueError("has row groups of other columns than its schema: damaged")
@@ -135,11 +138,18 @@ def _end(handle: pa.NativeFile) -> bytes:
     if tail[-4:] != MAGIC or length + 8 > size:
         raise ValueError("does not end as a Parquet file does: cut off, or none")
     if length > MAX_INDEX_BYTES:
-        raise Refused(f"has an index of {length} bytes: not read; {FEWER_GROUPS}")
+        raise Refused(f"has an index of {length} bytes: not read; {FEWER}")
     if length + 8 > len(tail):
-        tail = memoryview(handle.read_at(length + 8, size - length - 8))
-    if (memory := parquet_index.memory_of(tail[-8 - length:-8])) > MAX_INDEX_MEMORY:
-        raise Refused(f"has an index that takes {memory} bytes: not read; {FEWER_GROUPS}")
+        whole = memoryview(handle.read_at(length + 8, size - length - 8))
+        if whole[-8:] != tail[-8:]:
+            raise ValueError("changed while it was read")
+        tail = whole
+    found = parquet_index.size_of(tail[-8 - length:-8])
+    for value, most, what in ((found.memory, MAX_INDEX_MEMORY, "bytes in memory"), (found.columns, MAX_COLUMNS, "columns"),
+                              (found.columns * found.row_groups, MAX_PLACES, "columns in all row groups"),
+                              (found.longest, MAX_NAME_BYTES, "bytes for a name")):
+        if value > most:
+            raise Refused(f"has an index with {value} {what}, more than {most}: not read; {FEWER}")
     return bytes(tail[-8 - length:]).replace(ARROW_SCHEMA, UNREAD)
 
 
@@ -174,7 +184,7 @@ def values(file: pq.ParquetFile, handle: pa.NativeFile, paths: Sequence[str]) ->
 def _require_flat(path: str, kind: pa.DataType) -> None:
     """Raise ValueError for a column whose rows may take memory that the file has no bytes for."""
     if not (is_text(kind) or any(is_kind(kind) for is_kind in NUMBERS)):
-        raise ValueError(f"column {path} is of type {kind}; it must be of numbers or of texts")
+        raise ValueError(f"column {path} is of type {kind!s:.200}; it must be of numbers or of texts")
 
 
 def _batches(file: pq.ParquetFile, handle: pa.NativeFile, k: int, paths: Sequence[str]) -> Iterator[pa.RecordBatch]:

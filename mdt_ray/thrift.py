@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 FLAGS, BYTE, INTEGERS, INT32, INT64, DOUBLE, BINARY, LIST, STRUCT = {1, 2}, 3, {4, 5, 6}, 5, 6, 7, 8, 9, 12
 """Types of values."""
-LAST = 64
-"""Number that no field of Parquet reaches."""
+LAST = 2**15 - 1
+"""Number of a field, at most."""
 DEEPEST = 12
 """Structs and lists in each other, at most: Parquet's are 7."""
 Numbers = dict[tuple[int, int], int]
@@ -58,7 +58,11 @@ class Walk:
         if not head:
             return None
         number = before + (head >> 4)
-        if head < 16 or number > LAST:  # a number in full, which no field here needs, or one that wraps around
+        if head < 16:  # a number in full, as it is more than 15 after the one before
+            number, negative = divmod(self.varint(), 2)
+            if negative or number <= before:  # a field again, which readers would take
+                raise ValueError
+        if number > LAST:  # it wraps around
             raise ValueError
         return number, head & 15
 

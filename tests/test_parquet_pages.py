@@ -176,7 +176,7 @@ HEADER = b"\x15\x00\x15\x80\x01\x15\x10\x2c\x15\xc8\x01\x15\x00\x15\x06\x15\x06\
     HEADER + bytes(7),  # ends early
     HEADER + bytes(9),  # something follows
     HEADER.replace(b"\x15\x80\x01", b"\x16\x80\x01", 1) + bytes(8),  # a size of another type, which readers skip
-    HEADER.replace(b"\x15\x80\x01", b"\x05\x04\x80\x01", 1) + bytes(8),  # a field's number in full, maybe once more
+    HEADER.replace(b"\x15\x80\x01", b"\x05\x02\x80\x01", 1) + bytes(8),  # the field before once more
     HEADER.replace(b"\x15\x10", b"\x15\x90\x80\x80\x80\x10", 1) + bytes(8),  # 2^31 more, which wraps around
     HEADER.replace(b"\x15\x00\x15\x06", b"\x15\x8e\x80\x80\x80\x10\x15\x06", 1) + bytes(8),  # an encoding likewise
     HEADER.replace(b"\x15\x10", b"\x15\x0f", 1) + bytes(8),  # negative

@@ -272,7 +272,7 @@ def _open_handle(handle: pa.NativeFile) -> pq.ParquetFile:
     file = tables.open_handle(handle)
     for name, kind in zip(file.schema_arrow.names, file.schema_arrow.types, strict=True):
         if kind not in COLUMN_TYPES:  # rows of some take memory that the file has no bytes for
-            raise tables.Refused(f"its column {name} is of type {kind}: not read")
+            raise tables.Refused(f"its column {name} is of type {kind!s:.200}: not read")
     return file
 
 
@@ -299,7 +299,7 @@ def binary_rows(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
     """A binary column of equal rows as one float16 array, a view of its data buffer. Raises ValueError for others."""
     array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
     if array.type != pa.binary():
-        raise ValueError(f"is of type {array.type}")
+        raise ValueError(f"is of type {array.type!s:.200}")
     size = int(np.prod(shape))
     ends = np.frombuffer(array.buffers()[1], dtype=np.int32)[array.offset:array.offset + len(array) + 1]
     if array.null_count or (np.diff(ends) != 2 * size).any():

@@ -160,7 +160,7 @@ def picture_column(schema: pa.Schema) -> str:
     path = "image.bytes" if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else "image"
     kind = kind.field("bytes").type if path != "image" else kind
     if kind not in BYTES:
-        raise ValueError(f"column {path} is of type {kind}; it must be of bytes")
+        raise ValueError(f"column {path} is of type {kind!s:.200}; it must be of bytes")
     return path
 
 
