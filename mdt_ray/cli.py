@@ -368,7 +368,7 @@ def _stopped(job: str, signum: int) -> int:
 
 
 def _fail(job: str, error: Exception, code: int) -> int:
-    job, text = config_io.redacted(job), config_io.redacted(str(error)) or type(error).__name__
+    job, text = config_io.redacted(job), _harmless(config_io.redacted(str(error))) or type(error).__name__
     known = isinstance(error, ValueError | RuntimeError | OSError)
     wanted = code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
     print(f"mdt-ray {job}: {'' if wanted else 'error: '}{text if known else f'{type(error).__name__}: {text}'}",
@@ -376,6 +376,11 @@ def _fail(job: str, error: Exception, code: int) -> int:
     if not known:
         print("(--debug shows the traceback)", file=sys.stderr)
     return code
+
+
+def _harmless(text: str) -> str:
+    """Without what a terminal would obey: a data set's names may hold anything."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
 if __name__ == "__main__":

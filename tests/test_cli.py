@@ -66,6 +66,13 @@ def test_a_failed_job_ends_with_1_and_one_message(arguments, message, tmp_path, 
     assert not (tmp_path / "out").exists(), "nothing is written before the settings are found good"
 
 
+def test_what_a_terminal_would_obey_is_told_as_letters(tmp_path, capsys):
+    code, _, error = run("evaluate", "digits", "--samples", f"{tmp_path}/\x1b[2J\u202e.npz", "--output", f"{tmp_path}/out",
+                         capsys=capsys)
+    assert code == 1
+    assert r"\x1b[2J\u202e.npz" in error
+
+
 @pytest.mark.parametrize("words", [["plan", "digits", "--dry-run"], ["train", "--help"], ["--help"]])
 def test_who_reads_the_output_may_have_gone(words):
     """As `| head` does."""
