@@ -97,7 +97,7 @@ class Chaos:
             "precompute": ["--source", self.uri("source"), "--chunk-size", "60", "--encode-batch-size", "20",
                            "--workers.num-workers", "2"],
             "train": ["--latents", latents, "--num-steps", str(NUM_STEPS), "--checkpoint-every-steps", "5",
-                      "--log-every-steps", "5", "--precision", "fp32", "--workers.num-workers", "2",
+                      "--log-every-steps", "1", "--precision", "fp32", "--workers.num-workers", "2",
                       "--workers.cpus-per-worker", "1.5"],  # no two fit on one host
             "tune": ["--train.latents", latents, "--train.num-steps", "15", "--train.checkpoint-every-steps", "5",
                      "--evaluate.num-samples", "50", "--max-trials", "2"],

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from mdt_ray import scratch
 from tests import clusters, hosts, s3
 from tests.clusters import free_port
 from tests.conftest import ROOT
@@ -94,10 +95,11 @@ class Rig:
                         f"--dashboard-port={self.dashboard}", f"--temp-dir={self.sessions}"]
         else:
             command += [f"--address={self.hosts[0].address}:{self.port}"]
-        if self.is_network:  # its /tmp is its own, as far as Ray goes: nodes tidy up what they think is theirs
-            disk = self.folder / f"{host.name}-disk"
-            disk.mkdir(exist_ok=True)
-            command = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(disk), self.sessions, *command]
+        if self.is_network:  # its disk is its own, for Ray's folder and ours: no host finds there what another has written
+            for place, shared in {"ray": self.sessions, "scratch": str(scratch.private_folder())}.items():
+                disk = self.folder / f"{host.name}-{place}"
+                disk.mkdir(exist_ok=True)
+                command = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(disk), shared, *command]
         self._spawn(host, command)
         if host is self.hosts[0]:
             _wait(lambda: _answers(host.address, self.dashboard), "the dashboard")
