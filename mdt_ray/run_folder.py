@@ -98,6 +98,11 @@ def record(output: str, run: dict[str, Any]) -> None:
     storage.write_json(storage.join(output, "run.json"), run)
 
 
+def is_locked(output: str) -> bool:
+    """Whether a process writes to a folder, or was killed as it did."""
+    return storage.exists(storage.join(output, LOCK))
+
+
 def holds(claim: Claim) -> bool:
     """Whether a claim still stands. A worker that outlives its killed driver asks before it writes, and finds that another
     run has taken over."""

@@ -123,7 +123,8 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
 
 
 def _catch_up(config: TrainConfig, run: dict, above: run_folder.Claim | None) -> None:
-    """Write the metrics beside the checkpoints, where a kill came between the last of these, or of samples, and them."""
+    """Write the metrics beside the checkpoints, where a kill came between the last of these, or of samples, and them; and
+    remove the lock of a driver that its workers outlived."""
     uri = storage.join(config.output, METRICS)
     try:
         rows = checkpoints.read_metrics(storage.join(checkpoints.list_finished(config.output)[-1], METRICS))
@@ -131,7 +132,7 @@ def _catch_up(config: TrainConfig, run: dict, above: run_folder.Claim | None) ->
     except (FileNotFoundError, ValueError) as error:  # a damaged one, which training passes over
         logger.warning("%s", error)
         return
-    if written != samples.with_columns(config.output, rows):
+    if written != samples.with_columns(config.output, rows) or run_folder.is_locked(config.output):
         with run_folder.claim(config.output, run, above):
             write_metrics(config.output, rows)
 

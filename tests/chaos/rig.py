@@ -62,9 +62,7 @@ class Rig:
             if self.is_network:
                 hosts.lay_cables(f"m{self.tag}b", self.net, [*self.hosts, self.store_host])
             self._start_store()
-            for count, host in enumerate(self.hosts, 1):  # one after the other: they share a session's folder
-                self.start(host)
-                _wait(lambda count=count: self.num_nodes() >= count, f"{count} nodes")
+            self.start_all()
         except BaseException:
             self.__exit__()
             raise
@@ -84,6 +82,11 @@ class Rig:
         _wait(lambda: _answers(host.address, port), "the store")
         outside = f"{self.net}.254" if self.is_network else host.address
         self.store = self.stack.enter_context(s3.forwarded(s3.Store(f"http://{host.address}:{port}"), host=outside))
+
+    def start_all(self) -> None:
+        for count, host in enumerate(self.hosts, 1):  # one after the other: without cables, they share a session's folder
+            self.start(host)
+            _wait(lambda count=count: self.num_nodes() >= count, f"{count} nodes")
 
     def start(self, host: Host) -> None:
         """Start its node of Ray (again)."""

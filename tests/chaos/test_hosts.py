@@ -22,6 +22,14 @@ def chaos(tmp_path_factory):
         yield Chaos(rig, folder)
 
 
+def wait_for(rig: Rig, output: str, part: str) -> None:
+    """Until an object with this in its name is in the store."""
+    end = time.monotonic() + 120
+    while not any(part in name for name in rig.store.times(output)):
+        assert time.monotonic() < end
+        time.sleep(0.3)
+
+
 @pytest.mark.parametrize("job", ["precompute", "train", "tune", "evaluate"])
 def test_a_job_runs_over_hosts_and_a_store(chaos, job):
     """In this order: a job begins with what those before it left in the store."""
@@ -55,10 +63,7 @@ def test_training_goes_on_without_a_host_that_is_lost_for_good(chaos):
     """With another number of workers, whose sums have another order: losses are the same to 1e-5."""
     rig, output = chaos.rig, "without-a-host"
     process = rig.submit(*chaos.command("train", output), "--min-workers", "1")
-    end = time.monotonic() + 120
-    while "checkpoints/step-00000010/checksums.json" not in rig.store.times(output):
-        assert time.monotonic() < end
-        time.sleep(0.3)
+    wait_for(rig, output, "checkpoints/step-00000010/checksums.json")
     rig.hosts[2].kill()
     code, text = chaos.finish("without-a-host", process)
     rig.start(rig.hosts[2])
@@ -68,3 +73,23 @@ def test_training_goes_on_without_a_host_that_is_lost_for_good(chaos):
     assert [row["step"] for row in ours] == [row["step"] for row in straight]
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in straight], rel=1e-5)
     assert ours[0]["loss"] == straight[0]["loss"], "until the host was lost"
+
+
+@pytest.mark.parametrize("job", ["precompute", "train", "tune", "evaluate"])
+def test_the_same_command_goes_on_when_the_head_was_lost(chaos, job):
+    """And all of Ray with it, which knows of no job when it is there again."""
+    rig, output = chaos.rig, f"without-a-head/{job}"
+    process = rig.submit(*chaos.command(job, output))
+    wait_for(rig, output, "chunk" if job in ("precompute", "evaluate") else "checkpoints/")
+    rig.hosts[0].kill()
+    code, text = chaos.finish(f"head-{job}", process)
+    assert code != 0, text
+    for host in rig.hosts:
+        host.kill()
+    rig.start_all()
+    assert chaos.broken(job, output) == []
+    code, text = chaos.finish(f"head-{job}", rig.submit(*chaos.command(job, output)))
+    assert code == 0, text
+    spent = {"spent.json differs"}  # of a sweep: its driver counts that
+    assert set(chaos.differences(job, output)) <= spent
+    assert chaos.left_over(output) == []

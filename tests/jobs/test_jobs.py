@@ -84,6 +84,18 @@ def test_metrics_that_a_kill_kept_from_being_written_come_with_the_next_run(tmp_
         storage.remove(metrics)
 
 
+def test_the_lock_of_a_driver_that_its_workers_outlived_goes_with_the_next_run(tmp_path):
+    """They end a training alone where the host of the driver, and with it Ray's head, is lost."""
+    make_latents(tmp_path / "latents")
+    config, manifest, run = prepare(tiny_training(tmp_path / "latents", tmp_path / "out"))
+    with run_folder.claim(config.output, run):
+        lock = storage.read_json(storage.join(config.output, "lock.json"))
+    run_rank(config, manifest, run)
+    storage.write_json(storage.join(config.output, "lock.json"), lock | {"pid": 2**22 + 1, "started": "long ago"})
+    train(config)
+    assert not (tmp_path / "out" / "lock.json").exists()
+
+
 def test_samples_that_a_kill_kept_out_of_the_metrics_come_with_the_next_run(tmp_path):
     make_latents(tmp_path / "latents")
     config, manifest, run = prepare(tiny_training(tmp_path / "latents", tmp_path / "out"))
