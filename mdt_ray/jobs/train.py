@@ -124,7 +124,7 @@ def train(config: TrainConfig, on_row: Callable[[dict], None] = lambda row: None
 
 def _catch_up(config: TrainConfig, run: dict, above: run_folder.Claim | None) -> None:
     """Write the metrics beside the checkpoints, where a kill came between the last of these, or of samples, and them; and
-    remove the lock of a driver that its workers outlived."""
+    remove the lock of a driver that its workers outlived, and what Ray kept for them."""
     uri = storage.join(config.output, METRICS)
     try:
         rows = checkpoints.read_metrics(storage.join(checkpoints.list_finished(config.output)[-1], METRICS))
@@ -133,8 +133,9 @@ def _catch_up(config: TrainConfig, run: dict, above: run_folder.Claim | None) ->
         logger.warning("%s", error)
         return
     if written != samples.with_columns(config.output, rows) or run_folder.is_locked(config.output):
-        with run_folder.claim(config.output, run, above):
+        with run_folder.claim(config.output, run, above) as claim:
             write_metrics(config.output, rows)
+            _clear(config.output, claim)
 
 
 @contextlib.contextmanager

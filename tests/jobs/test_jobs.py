@@ -91,9 +91,10 @@ def test_the_lock_of_a_driver_that_its_workers_outlived_goes_with_the_next_run(t
     with run_folder.claim(config.output, run):
         lock = storage.read_json(storage.join(config.output, "lock.json"))
     run_rank(config, manifest, run)
-    storage.write_json(storage.join(config.output, "lock.json"), lock | {"pid": 2**22 + 1, "started": "long ago"})
+    storage.write_json(storage.join(config.output, "lock.json"), lock | {"started": "0"})
+    storage.write_bytes(storage.join(config.output, "ray/train/.validate_storage_marker"), b"")
     train(config)
-    assert not (tmp_path / "out" / "lock.json").exists()
+    assert not {"lock.json", "ray"} & set(storage.list_names(config.output))
 
 
 def test_samples_that_a_kill_kept_out_of_the_metrics_come_with_the_next_run(tmp_path):
