@@ -79,14 +79,14 @@ class Rig:
     def _start_store(self) -> None:
         host, port = self.store_host, 9000 if self.is_network else free_port()
         self._spawn(host, [sys.executable, "-m", "moto.server", "-H", host.address, "-p", str(port)])
-        _wait(lambda: _answers(host.address, port), "the store")
+        wait(lambda: _answers(host.address, port), "the store")
         outside = f"{self.net}.254" if self.is_network else host.address
         self.store = self.stack.enter_context(s3.forwarded(s3.Store(f"http://{host.address}:{port}"), host=outside))
 
     def start_all(self) -> None:
         for count, host in enumerate(self.hosts, 1):  # one after the other: without cables, they share a session's folder
             self.start(host)
-            _wait(lambda count=count: self.num_nodes() >= count, f"{count} nodes")
+            wait(lambda count=count: self.num_nodes() >= count, f"{count} nodes")
 
     def start(self, host: Host) -> None:
         """Start its node of Ray (again)."""
@@ -105,7 +105,7 @@ class Rig:
                 command = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(disk), shared, *command]
         self._spawn(host, command)
         if host is self.hosts[0]:
-            _wait(lambda: _answers(host.address, self.dashboard), "the dashboard")
+            wait(lambda: _answers(host.address, self.dashboard), "the dashboard")
 
     def _spawn(self, host: Host, command: list[str]) -> None:
         environment = self.environment | {MARK: host.name}
@@ -162,7 +162,12 @@ def _answers(address: str, port: int) -> bool:
     return False
 
 
-def _wait(moment, what: str, seconds: float = 120) -> None:
+def wait(moment, what: str, seconds: float = 120) -> None:
+    """Until moment() is true, which is asked some times a second.
+
+    Raises:
+        AssertionError: It did not come within these seconds.
+    """
     end = time.monotonic() + seconds
     while not moment():
         assert time.monotonic() < end, f"{what} did not come up"

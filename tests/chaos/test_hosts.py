@@ -2,12 +2,11 @@
 
 import json
 import threading
-import time
 
 import pytest
 
 from tests.chaos.chaos import WORKERS, Chaos, rows_of
-from tests.chaos.rig import Rig
+from tests.chaos.rig import Rig, wait
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -24,10 +23,7 @@ def chaos(tmp_path_factory):
 
 def wait_for(rig: Rig, output: str, part: str) -> None:
     """Until an object with this in its name is in the store."""
-    end = time.monotonic() + 120
-    while not any(part in name for name in rig.store.times(output)):
-        assert time.monotonic() < end
-        time.sleep(0.3)
+    wait(lambda: any(part in name for name in rig.store.times(output)), part)
 
 
 @pytest.mark.parametrize("job", ["precompute", "train", "tune", "evaluate"])
