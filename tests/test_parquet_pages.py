@@ -190,6 +190,11 @@ def test_headers_that_readers_may_take_for_others_are_damage(pages):
         parquet_pages.survey(pages)
 
 
+def test_a_header_may_give_the_number_of_a_field_in_full():
+    full = HEADER.replace(b"\x15\x80\x01", b"\x05\x04\x80\x01", 1) + bytes(8)  # the second, not the next
+    assert parquet_pages.survey(full) == parquet_pages.Pages(len(full), 0, 64, 64, frozenset({0}))
+
+
 def test_damaged_pages_are_named(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"a": TEXTS, "b": TEXTS}), path)
