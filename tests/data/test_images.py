@@ -116,6 +116,46 @@ def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch):
     assert images.decode_image(large).size == (10_000, 9_500)
 
 
+def tiff(fields: dict[int, tuple[str, int]], order: str = "<", large: bool = False, more: tuple = ()) -> bytes:
+    """A grey picture of 16 x 16 in one tile, deflated; fields by their number, as type and value, and some once more."""
+    at, number, entry, width = ("Q", "Q", "HHQ", 8) if large else ("I", "H", "HHI", 4)
+    magic = struct.pack(order + "HHH", 43, 8, 0) if large else struct.pack(order + "H", 42)
+    head = {"<": b"II", ">": b"MM"}[order] + magic
+    begin = len(head) + width
+    tile = zlib.compress(bytes([GREY]) * fields[322][1] * fields[323][1], 9)
+    every = {256: ("H", 16), 257: ("H", 16), 258: ("H", 8), 259: ("H", 8), 262: ("H", 1), 277: ("H", 1),
+             324: ("I", begin), 325: ("I", len(tile))} | fields
+    kinds = {"H": 3, "I": 4, "Q": 16, "q": 17}
+    entries = [struct.pack(order + entry, tag, kinds[kind], 1) + struct.pack(order + kind, value).ljust(width, b"\0")
+               for tag, (kind, value) in sorted([*every.items(), *more])]
+    index = struct.pack(order + number, len(entries)) + b"".join(entries) + bytes(width)
+    return head + struct.pack(order + at, begin + len(tile)) + tile + index
+
+
+@pytest.mark.parametrize(("order", "large"), [("<", False), (">", False), ("<", True)])
+def test_tiles_are_counted_among_the_pixels(monkeypatch, order, large):
+    """A reader unpacks all of a tile, however small the picture."""
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    kinds = "HIQ" if large else "HI"
+    for side, kind in zip((16, 64, 96), "HIH", strict=True):
+        assert pixel(tiff({322: (kind, side), 323: (kind, side)}, order, large)) == (GREY,) * 3
+    for kind in kinds:
+        with pytest.raises(ValueError, match=r"112 x 112 pixels|no clear size"):
+            images.decode_image(tiff({322: (kind, 112), 323: (kind, 112)}, order, large))
+    for other in (16, 112):  # Pillow takes one of them, libtiff the other
+        with pytest.raises(ValueError, match="no clear size"):
+            images.decode_image(tiff({322: ("H", 128 - other), 323: ("H", 16)}, order, large, ((322, ("H", other)),)))
+    if large:  # Pillow does not know the type
+        with pytest.raises(ValueError, match="no clear size"):
+            images.decode_image(tiff({322: ("q", 112), 323: ("q", 112)}, order, large))
+
+
+def test_what_tiles_have_beyond_the_picture_is_counted(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    with pytest.raises(ValueError, match="112 x 112 pixels"):
+        images.decode_image(tiff({257: ("H", 100), 322: ("H", 112), 323: ("H", 16)}))
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_hostile_bytes_only_ever_raise_value_errors(seed):
     rng = np.random.default_rng(seed)
