@@ -25,7 +25,7 @@ FORBIDDEN = re.compile(r"""
     (eval|exec|__import__|builtins\..*)$ | os\.(system|popen)$ | subprocess\.(getoutput|getstatusoutput)$ | .*\bread_pickle$
     | (np|numpy)\.fromfile$ | torch\.(jit|package)\. | torch\.hub\.load$ | (.*\.)?(cloudpickle|pickle)\b
     | (.*\.)?ExperimentAnalysis$ | (.*\.)?(Tuner|\w*Trainer|\w*[sS]earch\w*)\.(can_)?restore$ | .*\.restore_from_dir$
-    | (.*\.)?tune\.run$
+    | (.*\.)?tune\.run$ | .*\b(\w+_object_list|(all_)?gather_object)$
 """, re.VERBOSE)
 """Calls, by their full name."""
 LOAD = re.compile(r"(np|numpy|torch)(\.[\w.]+)?\.(load|read_array)$")
@@ -102,7 +102,8 @@ def test_nothing_that_is_read_is_run(path):
     "from ray.tune import Tuner as T\nT.restore(p)", "load(f, trust_remote_code=True)",
     "DiffusionPipeline.from_pretrained(f, custom_pipeline=name)", "map(torch.load, files)", "read = torch.load\nread(f)",
     "from numpy import load\nmap(load, files)", "np.load(f, **settings)", "np.lib.format.read_array(f, True)",
-    "map(eval, texts)", "ray.tune.run(f, resume=True)", "optuna_search.restore(f)", "found.restore_from_dir(f)"])
+    "map(eval, texts)", "ray.tune.run(f, resume=True)", "optuna_search.restore(f)", "found.restore_from_dir(f)",
+    "dist.broadcast_object_list(held)", "from torch.distributed import all_gather_object\nall_gather_object(a, b)"])
 def test_the_search_finds_what_it_is_for(bad):
     assert problems(bad)
 

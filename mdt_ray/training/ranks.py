@@ -3,6 +3,7 @@ state to begin with."""
 
 import datetime
 import functools
+import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,12 +26,20 @@ def largest(*values: float) -> list[float]:
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value (anything that pickles). Every rank must call it."""
+    """Rank 0's value: of Python's plain types, and tensors without data ("meta"). Every rank must call it.
+
+    Read as weights are: torch's object collectives would run what they are sent, and their ports ask for no token.
+    """
     if not _several():
         return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0, group=_hosts(dist.group.WORLD))
-    return holder[0]
+    buffer = io.BytesIO()
+    torch.save(value if is_first() else None, buffer)
+    data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    size = torch.tensor(len(data))
+    share([size])
+    data = data if is_first() else torch.empty(int(size), dtype=torch.uint8)
+    share([data])
+    return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
 
 
 def share(tensors: Iterable[torch.Tensor]) -> None:
