@@ -46,10 +46,11 @@ def versions() -> dict[str, str]:
     for package in ("torch", "ray", "diffusers", "pyarrow", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    top = Path(mdt_ray.__file__).parents[1]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        here = Path(__file__).parent
-        found["git"] = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, check=True, text=True,
-                                      capture_output=True).stdout.strip()
+        if (top / ".git").exists():  # else it would tell of a project in which the package is installed
+            found["git"] = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=top, check=True, text=True,
+                                          capture_output=True).stdout.strip()
     return found
 
 
@@ -142,9 +143,10 @@ def _lock(output: str) -> Iterator[Claim]:
 
 
 def _refuse_living_owner(uri: str, output: str) -> None:
-    if not storage.exists(uri):
+    try:
+        held = storage.read_json(uri)
+    except FileNotFoundError:
         return
-    held = storage.read_json(uri)
     is_near = held.items() >= processes.where().items()
     started = processes.start_of(held["pid"]) if is_near else processes.UNKNOWN
     alive = started == held["started"]

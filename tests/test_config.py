@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from mdt_ray import config_io, presets, run_folder, storage
+import mdt_ray
+from mdt_ray import config_io, presets, processes, run_folder, storage
 from mdt_ray.cli import parse
 from mdt_ray.config import ModelConfig, OptimConfig, SamplingConfig, SweepConfig, TrainConfig, TuneConfig, WorkersConfig
 from tests import s3
@@ -152,6 +154,43 @@ def test_one_writer_per_folder(tmp_path):
                 pass
     with run_folder.claim(str(tmp_path), run):  # free again
         pass
+
+
+def test_an_owner_may_end_at_any_moment_of_the_next_claim(tmp_path, monkeypatch):
+    """Its lock goes after each of the first calls of the storage in turn."""
+    run, output = run_folder.describe("train", TrainConfig(), {}), str(tmp_path)
+    lock = storage.join(output, "lock.json")
+    names = ("exists", "read_json", "list_names", "write_json")
+    calls = {name: getattr(storage, name) for name in names}
+    for moment in range(8):
+        made, owner = [], processes.where() | {"pid": 2**22, "started": "then", "token": "before"}
+        storage.write_json(lock, owner)
+
+        def call(name, *arguments, made=made, moment=moment):
+            found = calls[name](*arguments)
+            made.append(name)
+            if len(made) == moment and calls["exists"](lock) and calls["read_json"](lock).get("token") == "before":
+                storage.remove(lock)
+            return found
+
+        for name in names:
+            monkeypatch.setattr(storage, name, functools.partial(call, name))
+        with run_folder.claim(output, run) as claim:
+            assert run_folder.holds(claim)
+        monkeypatch.undo()
+
+
+def test_the_version_is_not_that_of_another_repository(tmp_path, monkeypatch):
+    """In which the package is installed."""
+    installed = tmp_path / ".venv" / "site-packages" / "mdt_ray"
+    installed.mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("a")
+    for command in (["init", "-q"], ["add", "a.txt"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(mdt_ray, "__file__", str(installed / "__init__.py"))
+    assert "git" not in run_folder.versions()
+    monkeypatch.setattr(mdt_ray, "__file__", str(tmp_path / "mdt_ray" / "__init__.py"))
+    assert "git" in run_folder.versions()
 
 
 def test_a_claim_that_was_taken_over_no_longer_holds(tmp_path):
