@@ -4,6 +4,7 @@ A field is *identity* unless declared with `operational(...)`: identity fields n
 existing output folder), operational ones are free to change at a resume. The text under a field is its help text.
 """
 
+import re
 from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
@@ -730,8 +731,8 @@ class SubmitConfig:
     name: str = operational("")
     """Name of the job on the cluster; without one the command's first words and the time."""
     working_dir: str = operational(".")
-    """What is uploaded, but for what its .rayignore names; the command runs in there. Where it holds no mdt_ray, the
-    installed package is uploaded beside it."""
+    """What is uploaded, but for what its .rayignore or .gitignore names; the command runs in there. Where it holds no
+    mdt_ray, the installed package is uploaded beside it."""
     detach: bool = operational(False)
     """Do not wait for its end."""
     stop_seconds: int = operational(120)
@@ -739,6 +740,8 @@ class SubmitConfig:
 
     def __post_init__(self):
         require(self.stop_seconds > 0, "stop_seconds", self.stop_seconds, "must be positive")
+        require(re.fullmatch(r"[\w.-]*", self.name, re.ASCII) is not None, "name", self.name,
+                "may have letters, digits, '.', '_' and '-'")  # it is part of a file's name there, and of addresses
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import aiohttp
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import mdt_ray
@@ -34,8 +34,10 @@ OURS = ("python", "-m", "mdt_ray.cli")
 SECRET_FILES = (".env", ".env.*", "storage.env", "*.pem", "*.key", "id_rsa*", "id_ed25519*", ".netrc", ".aws/", ".ssh/",
                 ".ray/", "credentials*.json")
 """What never goes along, in the words of .gitignore."""
+IGNORE_FILES, SKIPPED = (".rayignore", ".gitignore"), {".git", ".venv", "venv", "__pycache__"}
+"""Where Ray looks for what is to stay; and what it leaves out anyway."""
 UPLOAD_BYTES = 100e6
-"""Of a folder without .rayignore, at most."""
+"""Of a folder without any of them, at most."""
 PATIENCE_SECONDS = 120.0
 """For a dashboard that does not answer while a job is followed."""
 
@@ -121,8 +123,9 @@ def _refuse_upload(folder: Path) -> None:
     if folder.resolve() in (Path.home().resolve(), *Path.home().resolve().parents):
         raise ValueError(f"working_dir = {str(folder)!r}: your keys and all else would go to the cluster; {remedy}")
     num_bytes = 0
-    for file in folder.rglob("*") if not (folder / ".rayignore").exists() else ():
-        num_bytes += file.stat().st_size if file.is_file() else 0
+    for file in folder.rglob("*") if not any((folder / name).exists() for name in IGNORE_FILES) else ():
+        if file.is_file() and not SKIPPED & set(file.relative_to(folder).parts):
+            num_bytes += file.stat().st_size
         if num_bytes > UPLOAD_BYTES:
             raise ValueError(f"working_dir = {str(folder)!r}: more than {UPLOAD_BYTES / 1e6:.0f} MB would go to the cluster;"
                              f" name what is to stay in a .rayignore there, {remedy}")
@@ -159,14 +162,14 @@ def _client(address: str) -> JobSubmissionClient:
     where = session.find_dashboard(address)
     try:
         return JobSubmissionClient()
-    except RayError as error:  # of authentication
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        if not isinstance(error, AuthenticationError) and "authent" not in str(error).lower():
+            raise RuntimeError(f"{where}: {str(error).strip().removesuffix('.')}; name the cluster's dashboard, as "
+                               "--address http://127.0.0.1:8265 where that is forwarded from its head") from error
         said = "refuses the token that it was given" if "invalid" in str(error) else "asks for its token"
         raise RuntimeError(f"{where}: the cluster {said}; set RAY_AUTH_MODE=token, and have the token of its head in "
                            "RAY_AUTH_TOKEN, the file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token, the first of "
                            "which counts") from error
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RuntimeError(f"{where}: {str(error).strip().removesuffix('.')}; name the cluster's dashboard, as --address "
-                           "http://127.0.0.1:8265 where that is forwarded from its head") from error
 
 
 def _info(client: JobSubmissionClient, name: str):

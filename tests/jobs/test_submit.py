@@ -1,6 +1,7 @@
 """`submit` to a Ray head of its own, behind its token: what a laptop sees of jobs that end well, fail, and are stopped."""
 
 import io
+import os
 import re
 import signal
 import socket
@@ -31,6 +32,8 @@ from tests.test_cli import run as command_line
     (["evaluate", "imagenet256-s-2", "--output", "s3://bucket/judged"], "--reference: not given; name it"),
     (["--command", "train", "digits"], "output = 'runs/digits/train'"),
     (["--stop-seconds", "0", "train", "--output", "s3://bucket/run"], "stop_seconds = 0: must be positive"),
+    (["--name", "nightly/train", "train", "--output", "s3://bucket/run"], "name = 'nightly/train': may have letters"),
+    (["--name", "run #3", "train", "--output", "s3://bucket/run"], "name = 'run #3': may have letters"),
     ([], "no job to submit; name one: mdt-ray submit"),
     (["trian", "digits"], "unknown job 'trian'; did you mean 'train'"),
 ])
@@ -55,6 +58,16 @@ def test_no_cluster_ends_with_1_and_what_to_do(arguments, message, monkeypatch, 
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     assert cli.main(arguments) == 1
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_address_where_no_ray_answers_is_not_taken_for_one_that_asks_for_a_token():
+    """`http://` was forgotten: Ray looks for its control store there."""
+    patience = {f"RAY_{name}_s": "1" for name in ("py_gcs_connect_timeout", "gcs_rpc_server_reconnect_timeout",
+                                                  "gcs_rpc_server_connect_timeout")}
+    done = harness.attempt(["submit", "list", "--address", "127.0.0.1:1"], os.environ | patience)
+    assert done.returncode == 1
+    assert "name the cluster's dashboard, as --address http://127.0.0.1:8265" in done.stderr
+    assert "token" not in done.stderr
 
 
 def test_an_address_of_the_environment_may_hold_no_secret(monkeypatch):
@@ -137,7 +150,13 @@ def test_a_home_folder_and_a_large_one_are_not_uploaded(monkeypatch, tmp_path):
         file.truncate(101 * 10**6)
     with pytest.raises(ValueError, match=r"more than 100 MB would go to the cluster; name what is to stay in a \.rayignore"):
         submit.submit(SubmitConfig(working_dir=str(data)))
-    (data / ".rayignore").write_text("*.bin")
+    for name in (".rayignore", ".gitignore"):
+        (data / name).write_text("*.bin")
+        with pytest.raises(RuntimeError, match="name the cluster's dashboard"):
+            submit.submit(SubmitConfig(working_dir=str(data), address="http://127.0.0.1:1"))
+        (data / name).unlink()
+    (data / ".venv").mkdir()
+    (data / "large.bin").rename(data / ".venv" / "large.bin")  # which Ray leaves out
     with pytest.raises(RuntimeError, match="name the cluster's dashboard"):
         submit.submit(SubmitConfig(working_dir=str(data), address="http://127.0.0.1:1"))
 
