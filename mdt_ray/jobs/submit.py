@@ -162,14 +162,14 @@ def _client(address: str) -> JobSubmissionClient:
     where = session.find_dashboard(address)
     try:
         return JobSubmissionClient()
-    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-        if not isinstance(error, AuthenticationError) and "authent" not in str(error).lower():
-            raise RuntimeError(f"{where}: {str(error).strip().removesuffix('.')}; name the cluster's dashboard, as "
-                               "--address http://127.0.0.1:8265 where that is forwarded from its head") from error
+    except AuthenticationError as error:
         said = "refuses the token that it was given" if "invalid" in str(error) else "asks for its token"
         raise RuntimeError(f"{where}: the cluster {said}; set RAY_AUTH_MODE=token, and have the token of its head in "
                            "RAY_AUTH_TOKEN, the file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token, the first of "
                            "which counts") from error
+    except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+        raise RuntimeError(f"{where}: {str(error).strip().removesuffix('.')}; name the cluster's dashboard, as --address "
+                           "http://127.0.0.1:8265 where that is forwarded from its head") from error
 
 
 def _info(client: JobSubmissionClient, name: str):
