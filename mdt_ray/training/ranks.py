@@ -32,12 +32,14 @@ def from_first(value: Any) -> Any:
     """
     if not _several():
         return value
-    buffer = io.BytesIO()
-    torch.save(value if is_first() else None, buffer)
-    data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    data = torch.empty(0, dtype=torch.uint8)
+    if is_first():
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
     size = torch.tensor(len(data))
     share([size])
-    data = data if is_first() else torch.empty(int(size), dtype=torch.uint8)
+    data.resize_(int(size))
     share([data])
     return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
 
